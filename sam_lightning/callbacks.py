@@ -1,0 +1,115 @@
+"""What is watched and kept during training."""
+
+import difflib
+import random
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+
+
+class RandomStates(Callback):
+    """Keeps the global random states of torch, CUDA, NumPy and Python in checkpoints.
+
+    Lightning saves none of them, so that dropout after a resume differs from an undisturbed run's. They
+    are restored when training starts, after the data loader's iterator was made and before its first
+    batch. Only tensors and primitives are saved: such checkpoints load with `weights_only=True`.
+    """
+
+    def __init__(self) -> None:
+        self._restore: dict[str, Any] | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """The random states now."""
+        name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+        return {
+            "torch": torch.get_rng_state(),
+            "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+            "numpy": [name, torch.from_numpy(np.array(keys, dtype=np.int64)), position, has_gauss, cached],
+            "python": random.getstate(),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keeps the states until training starts."""
+        self._restore = state_dict
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Restores the states of the checkpoint, if one was loaded."""
+        if self._restore is None:
+            return
+        torch.set_rng_state(self._restore["torch"].cpu())
+        if len(self._restore["cuda"]) == torch.cuda.device_count():
+            torch.cuda.set_rng_state_all([state.cpu() for state in self._restore["cuda"]])
+        name, keys, *rest = self._restore["numpy"]
+        np.random.set_state((name, keys.cpu().numpy().astype(np.uint32), *rest))
+        version, internal, gauss = self._restore["python"]
+        random.setstate((version, tuple(internal), gauss))
+        self._restore = None
+
+
+class WeightHistograms(Callback):
+    """Writes histograms of chosen parameters to TensorBoard, at the start and after epochs.
+
+    Args:
+        parameters: Names as `named_parameters()` of the LightningModule gives them, such as
+            `network.conv1.weight`.
+        every_n_epochs: Epochs from one histogram to the next, at least 1.
+    """
+
+    def __init__(self, parameters: list[str], every_n_epochs: int = 1) -> None:
+        if every_n_epochs < 1:
+            raise ValueError(f"every_n_epochs must be an integer >= 1, got {every_n_epochs!r}.")
+        self.parameters = parameters
+        self.every_n_epochs = every_n_epochs
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuses names that do not exist before anything trains."""
+        names = [name for name, _ in pl_module.named_parameters()]
+        for name in self.parameters:
+            if name not in names:
+                near = difflib.get_close_matches(name, names, n=3, cutoff=0.0)
+                raise ValueError(f"WeightHistograms: no parameter {name!r}; the nearest are {', '.join(near)}.")
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Writes the weights that training starts from."""
+        self._write(trainer, pl_module)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Writes the weights after every `every_n_epochs`-th epoch."""
+        if (trainer.current_epoch + 1) % self.every_n_epochs == 0:
+            self._write(trainer, pl_module)
+
+    def _write(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        weights = dict(pl_module.named_parameters())
+        for logger in tensorboards(trainer):
+            for name in self.parameters:
+                values = weights[name].detach().float()
+                logger.experiment.add_histogram(f"weights/{name}", values, trainer.global_step)
+
+
+class FinalMetrics(Callback):
+    """Writes the hyperparameters with the final metrics to TensorBoard's page of hyperparameters."""
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Writes the metrics of the end of training."""
+        self._write(trainer, pl_module)
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Writes the test metrics."""
+        self._write(trainer, pl_module)
+
+    def _write(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        metrics = {k: v for k, v in trainer.callback_metrics.items() if k.endswith(("/accuracy", "/loss"))}
+        data = getattr(trainer, "datamodule", None)
+        hparams = {**pl_module.hparams_initial, **({"data": dict(data.hparams_initial)} if data else {})}
+        for logger in tensorboards(trainer):
+            if metrics:
+                logger.log_hyperparams(hparams, {k: v.item() for k, v in metrics.items()}, trainer.global_step)
+
+
+def tensorboards(trainer: Trainer) -> list[TensorBoardLogger]:
+    """The TensorBoard loggers of this process that write: none but in the first process."""
+    loggers = [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
+    return loggers if trainer.is_global_zero else []

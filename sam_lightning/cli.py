@@ -1,0 +1,207 @@
+"""The command line: `sam-lightning fit | validate | test | predict`."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from jsonargparse import Namespace
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning_utilities.core.rank_zero import rank_zero_only
+
+from sam_lightning.callbacks import FinalMetrics, RandomStates
+from sam_lightning.classifier import ImageClassifier  # noqa: F401  # so that --model ImageClassifier is found
+from sam_lightning.data import DataError
+from sam_lightning.module import SharpnessAwareModule
+from sam_lightning.run_directory import (
+    CHECKPOINTS,
+    CONFIG,
+    CheckpointError,
+    differences,
+    find_checkpoint,
+    read_checkpoint,
+    write_config,
+)
+
+
+class RunConfig(SaveConfigCallback):
+    """Writes the configuration of a training into its run directory."""
+
+    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Writes it, without `ckpt_path`: which checkpoint a command starts from is not part of the run."""
+        if stage == "fit":
+            config = self.config.clone()
+            config.pop("ckpt_path", None)
+            write_config(Path(trainer.default_root_dir), self.parser.dump(config, skip_none=False))
+
+
+class CLI(LightningCLI):
+    """LightningCLI with one directory per run, and checkpoints that never change what was typed.
+
+    The run directory is `trainer.default_root_dir`, by default `runs/<data>-<optimizer>-seed<seed>`. It
+    holds `config.yaml`, the TensorBoard events and `checkpoints/`.
+    """
+
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        if subcommand != "fit":  # Lightning would evaluate an untrained network without a word
+            parser.set_defaults({"ckpt_path": "last"})
+        return parser
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parses; a command that names a run and no configuration gets the run's own."""
+        arguments = _with_run_config(sys.argv[1:] if args is None else list(args))
+        self.config = parser.parse_args(arguments)
+
+    def _parse_ckpt_path(self) -> None:
+        """Lightning lets a checkpoint's hyperparameters override the command line; here they do not."""
+
+    def before_instantiate_classes(self) -> None:
+        """Settles the run directory and the checkpoint."""
+        config = self.config[self.subcommand]
+        if config.trainer.default_root_dir is None:
+            config.trainer.default_root_dir = str(Path("runs") / _run_name(config))
+        self.run = Path(config.trainer.default_root_dir)
+        if config.ckpt_path:
+            path = find_checkpoint(self.run, config.ckpt_path)
+            config.ckpt_path = str(path)
+            if self.subcommand == "fit":
+                self._dump_config()
+                self._refuse_other_settings(path)
+
+    def _refuse_other_settings(self, path: Path) -> None:
+        """A resumed run restores its optimizer, so that settings typed anew would be overridden unseen."""
+        checkpoint = read_checkpoint(path)
+        found = []
+        for key, saved in (("model", "hyper_parameters"), ("data", "datamodule_hyper_parameters")):
+            if checkpoint.get(saved):
+                here = _hparams(self.config_dump.get(key))
+                found += [f"  {key}.{line}" for line in differences(checkpoint[saved], here)]
+        if found:
+            raise CheckpointError(
+                f"{path} was trained with other settings:\n" + "\n".join(found) + "\nResume with the run's own "
+                f"(fit --ckpt_path {path.parent.parent}), or start a new run without --ckpt_path."
+            )
+
+    def instantiate_classes(self) -> None:
+        """Builds model, data and trainer, and the optimizer once: its errors come before the data's load."""
+        try:
+            super().instantiate_classes()
+            if isinstance(self.model, SharpnessAwareModule):
+                self.model.configure_optimizers()
+        except (TypeError, ValueError) as error:
+            raise SettingsError(str(error)) from error
+        # Every module, not only those that think of it: the configuration as primitives.
+        self.model.save_hyperparameters(
+            {
+                **_hparams(self.config_dump["model"]),
+                "_instantiator": "lightning.pytorch.cli.instantiate_module",
+            }
+        )
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Builds the trainer, with TensorBoard in the run directory unless another logger is configured."""
+        if self._get(self.config_init, "trainer.logger") in (None, True):
+            kwargs["logger"] = TensorBoardLogger(self.run, name="", version="", default_hp_metric=False)
+        return super().instantiate_trainer(**kwargs)
+
+    def after_fit(self) -> None:
+        """Says what came out and where it is."""
+        self._report()
+
+    def after_validate(self) -> None:
+        """Says what came out and where it is."""
+        self._report()
+
+    def after_test(self) -> None:
+        """Says what came out and where it is."""
+        self._report()
+
+    def after_predict(self) -> None:
+        """Saves the predictions: the outputs of `predict_step`, a list with one entry per batch."""
+        if self.trainer.is_global_zero:
+            path = self.run / "predictions.pt"
+            self.run.mkdir(parents=True, exist_ok=True)
+            torch.save(self.trainer.predict_loop.predictions, path)
+            print(f"predictions    {path}")
+
+    @rank_zero_only
+    def _report(self) -> None:
+        metrics = self.trainer.callback_metrics
+        for name in sorted(metrics):
+            if name.partition("/")[0] in ("val", "test"):
+                print(f"{name.replace('/', ' '):<15}{metrics[name].item():.4f}")
+        print(f"{'run':<15}{self.run}")
+        checkpoints = sorted((self.run / CHECKPOINTS).glob("*.ckpt"))
+        if checkpoints:
+            print(f"{'checkpoints':<15}{self.run / CHECKPOINTS}: {', '.join(path.name for path in checkpoints)}")
+        print(f"{'tensorboard':<15}tensorboard --host 127.0.0.1 --logdir {self.run}")
+
+
+class SettingsError(ValueError):
+    """A value of the configuration that model, data, optimizer or trainer refuse."""
+
+
+def main(args: list[str] | None = None) -> CLI:
+    """Runs one command.
+
+    Args:
+        args: The command's words; `None`: those of the process.
+
+    Raises:
+        SystemExit: With a message and a code other than 0 if the input is bad.
+    """
+    try:
+        return CLI(
+            LightningModule,
+            LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            auto_configure_optimizers=False,
+            seed_everything_default=1,
+            save_config_callback=RunConfig,
+            save_config_kwargs={"save_to_log_dir": False},
+            trainer_defaults={"callbacks": [RandomStates(), FinalMetrics()]},
+            args=args,
+        )
+    except (CheckpointError, DataError, SettingsError) as error:
+        sys.exit(f"sam-lightning: error: {error}")
+
+
+def _with_run_config(args: list[str]) -> list[str]:
+    """The arguments, with the run's `config.yaml` beneath them if they name a run and no configuration."""
+    given = [arg.partition("=")[0] for arg in args]
+    if "--ckpt_path" not in given or {"-c", "--config", "--model"} & set(given):
+        return args
+    at = given.index("--ckpt_path")
+    value = args[at].partition("=")[2] or "".join(args[at + 1 : at + 2])
+    if value in ("", "last", "best", "null"):
+        return args
+    path = Path(value)
+    run = path if path.is_dir() else path.parent.parent
+    if not (run / CONFIG).is_file():
+        return args
+    return [args[0], "--config", str(run / CONFIG), "--trainer.default_root_dir", str(run), *args[1:]]
+
+
+def _run_name(config: Namespace) -> str:
+    """`<data>-<optimizer>-seed<seed>`, in lower case; the model's name where it has no optimizer."""
+    names = [
+        config.get("data.class_path"),
+        config.get("model.init_args.optimizer.class_path", config.model.class_path),
+    ]
+    words = [name.rpartition(".")[2].lower() for name in names if name]
+    return "-".join([*words, f"seed{config.seed_everything}"])
+
+
+def _hparams(config: dict[str, Any] | None) -> dict[str, Any]:
+    """A configured class as one flat dictionary, in Lightning's own form for checkpoints."""
+    if not config:
+        return {}
+    return {
+        "_class_path": config["class_path"],
+        **config.get("init_args", {}),
+        **config.get("dict_kwargs", {}),
+    }

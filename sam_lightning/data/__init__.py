@@ -1,0 +1,1 @@
+"""Data modules: CIFAR-10 and the embedded handwritten digits."""

@@ -1,0 +1,257 @@
+"""The double forward-backward of sharpness-aware minimization, in Lightning's manual optimization."""
+
+import math
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.strategies import ParallelStrategy
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+
+from sam_lightning.batch_norm import frozen_running_stats
+from sam_lightning.micro_batches import MicroBatch, split_batch
+from sam_lightning.optim import Params, SharpnessAware, global_norm
+
+
+class SharpnessAwareModule(LightningModule):
+    """A LightningModule that trains with SAM, ASAM, or any plain torch optimizer.
+
+    A subclass gives `loss(batch)` and never sees the two passes:
+
+        class Regression(SharpnessAwareModule):
+            def __init__(self, optimizer):
+                super().__init__(optimizer)
+                self.network = torch.nn.Linear(8, 1)
+
+            def loss(self, batch):
+                x, y = batch
+                return torch.nn.functional.mse_loss(self.network(x), y)
+
+        Regression(partial(SAM, base=partial(torch.optim.SGD, lr=0.1), rho=0.05))
+
+    Per batch there is one optimizer step, so `global_step`, `max_steps` and checkpoints by step count
+    batches. Clipping, accumulation and schedulers are options here, since Lightning's own are refused or
+    not run in manual optimization. Every `log_every_n_steps` batches it logs `train/loss` (first pass),
+    `train/loss_perturbed`, `train/grad_norm` (||g|| at w, before clipping) and `lr`; and per epoch
+    `train/loss_epoch`, the mean over batches of the first pass's loss.
+
+    Args:
+        optimizer: Makes the optimizer from `parameter_groups()`, by default the named parameters.
+        lr_scheduler: Makes the learning rate scheduler from the optimizer.
+            `ReduceLROnPlateau` is stepped after every epoch, with its `monitor` (`val/loss` if it has none).
+        lr_scheduler_interval: Whether the scheduler is stepped after every epoch or every step.
+        gradient_clip_norm: Largest L2 norm of the gradient that descends; `None`: no clipping. The first
+            pass's gradient is never clipped: its length does not matter.
+        accumulate: Number of micro-batches that a batch is cut into, to save memory. Each pass runs over
+            all of them; normalisation layers see micro-batches.
+        batch_norm_stats: The passes that update running statistics: the first only, or both.
+        sync_perturbation: In data-parallel training, whether all processes climb along their mean
+            gradient (two all-reduces a step) or each along its own (m-sharpness with m the batch of one
+            process; one all-reduce a step, and a different method).
+    """
+
+    def __init__(
+        self,
+        optimizer: OptimizerCallable,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        lr_scheduler_interval: Literal["epoch", "step"] = "epoch",
+        gradient_clip_norm: float | None = None,
+        accumulate: int = 1,
+        batch_norm_stats: Literal["first", "both"] = "first",
+        sync_perturbation: bool = False,
+    ) -> None:
+        super().__init__()
+        for name, value, allowed in (
+            ("lr_scheduler_interval", lr_scheduler_interval, ("epoch", "step")),
+            ("batch_norm_stats", batch_norm_stats, ("first", "both")),
+        ):
+            if value not in allowed:
+                raise ValueError(f"{name} must be one of {allowed}, got {value!r}.")
+        if gradient_clip_norm is not None and not gradient_clip_norm > 0:
+            raise ValueError(f"gradient_clip_norm must be > 0 or None, got {gradient_clip_norm!r}.")
+        if accumulate < 1:
+            raise ValueError(f"accumulate must be an integer >= 1, got {accumulate!r}.")
+        self.automatic_optimization = False
+        self.lr_scheduler_interval = lr_scheduler_interval
+        self.gradient_clip_norm = gradient_clip_norm
+        self.accumulate = accumulate
+        self.batch_norm_stats = batch_norm_stats
+        self.sync_perturbation = sync_perturbation
+        self._make_optimizer = optimizer
+        self._make_lr_scheduler = lr_scheduler
+        self._is_second_pass = False
+        self._epoch_losses: list[Tensor | float] = []  # left on the device until the epoch ends
+
+    # What a subclass gives.
+
+    def loss(self, batch: Any) -> Tensor:
+        """The mean loss of a batch, 0-dimensional; runs once per pass and micro-batch.
+
+        `self.log` in here works, and is ignored in the second pass.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define loss(batch) -> Tensor.")
+
+    def parameter_groups(self) -> Params:
+        """What the optimizer is made from; override it for groups, each with its own `rho` or `lr`."""
+        return self.named_parameters()
+
+    # The step.
+
+    def training_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
+        """Gradient at w, ascent to w + e, gradient at w + e, descent from w."""
+        optimizer = self.optimizers()
+        if not isinstance(optimizer, LightningOptimizer):
+            raise TypeError("SharpnessAwareModule trains with one optimizer, configure_optimizers made several.")
+        inner = optimizer.optimizer
+        micro_batches = split_batch(batch, self.accumulate)
+        optimizer.zero_grad()
+        if isinstance(inner, SharpnessAware):
+            first = self._backward(micro_batches, sync=self.sync_perturbation)
+            norm = self._grad_norm(inner)
+            with inner.perturbed(), self._second_pass():
+                optimizer.zero_grad()
+                second = self._backward(micro_batches, sync=True, factor=self._skip_unless_finite(norm))
+            outputs = {"loss": first, "loss_perturbed": second}
+        else:
+            outputs = {"loss": self._backward(micro_batches, sync=True)}
+            norm = self._grad_norm(inner)
+        learning_rate = inner.param_groups[0]["lr"]
+        optimizer.step()
+        self._step_lr_scheduler()
+        self._epoch_losses.append(outputs["loss"])
+        if self._logs_step(self.global_step):
+            self._log_step(outputs, norm, learning_rate)
+        return outputs
+
+    def _backward(self, micro_batches: list[MicroBatch], sync: bool, factor: Tensor | None = None) -> Tensor:
+        """Accumulates the gradient of the batch's mean loss; synchronised in the last micro-batch only."""
+        total: list[Tensor] = []
+        for i, (micro_batch, share) in enumerate(micro_batches):
+            with nullcontext() if sync and i == len(micro_batches) - 1 else self._without_sync():
+                loss = self.loss(micro_batch)
+                if not isinstance(loss, Tensor) or loss.ndim != 0:
+                    came = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+                    raise TypeError(f"{type(self).__name__}.loss must return a 0-dimensional tensor, got {came}.")
+                if share != 1:
+                    loss = loss * share
+                total.append(loss.detach())
+                self.manual_backward(loss if factor is None else loss * factor)
+        return torch.stack(total).sum()
+
+    def _without_sync(self) -> AbstractContextManager[None]:
+        strategy = self.trainer.strategy
+        return strategy.block_backward_sync() if isinstance(strategy, ParallelStrategy) else nullcontext()
+
+    @contextmanager
+    def _second_pass(self) -> Iterator[None]:
+        stats = frozen_running_stats(self) if self.batch_norm_stats == "first" else nullcontext()
+        self._is_second_pass = True
+        try:
+            with stats:
+                yield
+        finally:
+            self._is_second_pass = False
+
+    # Loss scaling, clipping, schedulers.
+
+    @property
+    def _scaler(self) -> torch.amp.GradScaler | None:
+        return getattr(self.trainer.precision_plugin, "scaler", None)
+
+    def _skip_unless_finite(self, norm: Tensor | None) -> Tensor | None:
+        """A factor for the second loss: 1, or NaN if the first gradient is not finite.
+
+        Under loss scaling an overflow in either pass must skip the step, on every process: as a factor
+        it goes through the second pass's gradients, their all-reduce and the scaler's own check.
+        """
+        return None if self._scaler is None or norm is None else 1 + 0 * norm
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Clips the gradient that descends, here because loss scaling has been undone by now."""
+        if self.gradient_clip_norm is not None:
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            torch.nn.utils.clip_grad_norm_(parameters, self.gradient_clip_norm)
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """The optimizer, and its scheduler if there is one; `training_step` steps the scheduler."""
+        optimizer = self._make_optimizer(self.parameter_groups())
+        if self._make_lr_scheduler is None:
+            return optimizer
+        return [optimizer], [self._make_lr_scheduler(optimizer)]
+
+    def _step_lr_scheduler(self) -> None:
+        # At an epoch's last batch rather than at its end, so that a checkpoint of that batch has it.
+        if self.lr_scheduler_interval == "step" or self.trainer.is_last_batch:
+            for config in self.trainer.lr_scheduler_configs:
+                if not isinstance(config.scheduler, ReduceLROnPlateau):
+                    config.scheduler.step()
+
+    def on_train_epoch_end(self) -> None:
+        """Logs the epoch's mean loss and steps `ReduceLROnPlateau`."""
+        if self._epoch_losses:
+            mean = math.fsum(map(float, self._epoch_losses)) / len(self._epoch_losses)
+            self.log("train/loss_epoch", mean, sync_dist=True)
+            self._epoch_losses.clear()
+        for config in self.trainer.lr_scheduler_configs:
+            if isinstance(config.scheduler, ReduceLROnPlateau):
+                monitor = getattr(config.scheduler, "monitor", "val/loss")
+                metrics = self.trainer.callback_metrics
+                if monitor not in metrics:
+                    raise ValueError(f"ReduceLROnPlateau monitors {monitor!r}, logged were {sorted(metrics)}.")
+                config.scheduler.step(metrics[monitor])
+
+    # Logging: a `self.log` costs 0.3 ms on the host, so the step logs every `log_every_n_steps` batches.
+
+    def _logs_step(self, step: int) -> bool:
+        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by a part of the trainer
+        return every > 0 and step % every == 0
+
+    def _grad_norm(self, optimizer: Optimizer) -> Tensor | None:
+        """||g||, loss scaling included, in the steps that need it: for the log, or to check it."""
+        if not self._logs_step(self.global_step + 1) and self._scaler is None:
+            return None
+        return global_norm([p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None])
+
+    def _log_step(self, outputs: dict[str, Tensor], norm: Tensor | None, learning_rate: float) -> None:
+        values = {f"train/{name}": value for name, value in outputs.items() if name != "loss"}
+        if norm is not None:
+            values["train/grad_norm"] = norm / (self._scaler.get_scale() if self._scaler else 1)
+        self.log("train/loss", outputs["loss"], prog_bar=True)
+        self.log_dict({**values, "lr": float(learning_rate)})
+
+    def log(self, *args: Any, **kwargs: Any) -> None:
+        """Lightning's `log`, silent in the second pass: what `loss` logs is the first pass's."""
+        if not self._is_second_pass:
+            super().log(*args, **kwargs)
+
+    # Data parallel and resume.
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Has the running statistics broadcast."""
+        self._broadcast_buffers()
+
+    def on_validation_start(self) -> None:
+        """Has the running statistics broadcast."""
+        self._broadcast_buffers()
+
+    def _broadcast_buffers(self) -> None:
+        # In manual optimization Lightning leaves DistributedDataParallel in a state in which it never
+        # broadcasts buffers: every process would validate with running statistics of its own.
+        if isinstance(self.trainer.strategy.model, DistributedDataParallel):
+            self.trainer.strategy.model.require_forward_param_sync = True
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Adds the losses of the epoch so far, so that a resumed epoch has the same mean."""
+        checkpoint["epoch_losses"] = [float(loss) for loss in self._epoch_losses]
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Restores the losses of the epoch so far."""
+        self._epoch_losses = list(checkpoint.get("epoch_losses", []))

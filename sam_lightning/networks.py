@@ -1,0 +1,74 @@
+"""The networks of the studies, from torchvision's building blocks."""
+
+from collections import OrderedDict
+from typing import Literal
+
+from torch import nn
+from torchvision.models.resnet import BasicBlock, ResNet
+
+Norm = Literal["batch", "group", "none"]
+
+_NORMS = {
+    "batch": nn.BatchNorm2d,
+    "group": lambda channels: nn.GroupNorm(32, channels),
+    "none": nn.Identity,
+}
+
+
+def resnet18(num_classes: int = 1000, norm: Literal["batch", "none"] = "batch") -> ResNet:
+    """Torchvision's ResNet-18 with the ImageNet stem, untrained: the network of the three studies.
+
+    The stem (7x7, stride 2, then max-pool) halves a 32x32 image three times before the first block. With
+    `norm="none"` no layer normalises, and the convolutions still have no bias.
+
+    Args:
+        num_classes: Size of the head; the studies keep ImageNet's 1000.
+        norm: Normalisation layers: batch or none.
+
+    Reference:
+        He, Zhang, Ren, Sun. Deep Residual Learning for Image Recognition. CVPR 2016. arXiv 1512.03385.
+    """
+    return ResNet(BasicBlock, [2, 2, 2, 2], num_classes=num_classes, norm_layer=_norm_layer(norm, "batch", "none"))
+
+
+def cifar_resnet18(num_classes: int = 10, norm: Norm = "batch") -> ResNet:
+    """ResNet-18 for 32x32 images: 3x3 stem with stride 1, no max-pool.
+
+    Args:
+        num_classes: Size of the head.
+        norm: Normalisation layers: batch, group (32 groups, no running statistics), or none.
+    """
+    network = ResNet(BasicBlock, [2, 2, 2, 2], num_classes=num_classes, norm_layer=_norm_layer(norm, *_NORMS))
+    network.conv1 = nn.Conv2d(3, 64, kernel_size=3, padding=1, bias=False)
+    nn.init.kaiming_normal_(network.conv1.weight, mode="fan_out", nonlinearity="relu")  # as torchvision's others
+    network.maxpool = nn.Identity()
+    return network
+
+
+def digits_cnn(num_classes: int = 10, width: int = 32) -> nn.Sequential:
+    """A small convolutional network with batch normalisation for 8x8 digits, about 30,000 parameters.
+
+    Args:
+        num_classes: Size of the head.
+        width: Channels of the first convolution; the second has twice as many.
+    """
+    return nn.Sequential(
+        OrderedDict(
+            conv1=nn.Conv2d(1, width, 3, padding=1, bias=False),
+            norm1=nn.BatchNorm2d(width),
+            relu1=nn.ReLU(),
+            pool1=nn.MaxPool2d(2),
+            conv2=nn.Conv2d(width, 2 * width, 3, padding=1, bias=False),
+            norm2=nn.BatchNorm2d(2 * width),
+            relu2=nn.ReLU(),
+            pool2=nn.AdaptiveAvgPool2d(2),
+            flatten=nn.Flatten(),
+            fc=nn.Linear(8 * width, num_classes),
+        )
+    )
+
+
+def _norm_layer(norm: str, *allowed: str) -> type[nn.Module]:
+    if norm not in allowed:
+        raise ValueError(f"norm must be one of {allowed}, got {norm!r}.")
+    return _NORMS[norm]  # type: ignore[return-value]  # ResNet wants any callable of a number of channels

@@ -1,0 +1,27 @@
+"""Norms over many tensors together, and division by them."""
+
+import torch
+from torch import Tensor
+
+TINY = 1e-12  # added to every norm: a zero gradient gives a zero displacement, not NaN
+_LOW_PRECISION = (torch.float16, torch.bfloat16)
+
+
+def global_norm(tensors: list[Tensor]) -> Tensor:
+    """The L2 norm of all entries together, 0-dimensional; half precision is summed in float32."""
+    return torch.nn.utils.get_total_norm([t.float() if t.dtype in _LOW_PRECISION else t for t in tensors])
+
+
+def divide_by_norm(vectors: list[Tensor], norm: Tensor) -> list[Tensor]:
+    """Divides each vector by `norm` + TINY, in place; zeros if `norm` is not finite.
+
+    Nothing is read back from an accelerator, which would make the host wait for it.
+    """
+    finite = norm.isfinite()
+    if norm.device.type == "cpu" and not finite:
+        return [vector.zero_() for vector in vectors]
+    torch._foreach_mul_(vectors, torch.where(finite, 1 / (norm + TINY), 0.0))
+    if norm.device.type != "cpu":  # 0 * inf is NaN
+        for vector in vectors:
+            vector.nan_to_num_(0.0, 0.0, 0.0)
+    return vectors

@@ -1,0 +1,105 @@
+"""The directory of one run: its configuration, its checkpoints, and which of them is meant."""
+
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+CONFIG = "config.yaml"
+CHECKPOINTS = "checkpoints"
+# Where data lie and how they are read does not change what is trained.
+_FREE_OF_CONSEQUENCE = {"root", "num_workers", "download", "eval_batch_size"}
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that was asked for is not there, is damaged, or belongs to another configuration."""
+
+
+def find_checkpoint(run: Path, which: str) -> Path:
+    """The checkpoint file that `which` means.
+
+    Args:
+        run: Directory of the run.
+        which: `last` (the newest), `best` (by the run's monitored metric), a run directory, or a file.
+
+    Raises:
+        CheckpointError: If there is no such file; the message says where it was looked for.
+    """
+    if which not in ("last", "best"):
+        path = Path(which)
+        if path.is_dir():
+            return find_checkpoint(path, "last")
+        if path.is_file():
+            return path
+        raise CheckpointError(
+            f"--ckpt_path {which}: no such file. Give last, best, a run directory, or a checkpoint file."
+        )
+    folder = run / CHECKPOINTS
+    found = sorted(folder.glob("last*.ckpt"), key=lambda path: path.stat().st_mtime_ns)
+    if not found:
+        raise CheckpointError(
+            f"--ckpt_path {which}: no last*.ckpt in {folder.resolve()}. Run `fit` first, or name the run by "
+            "--trainer.default_root_dir."
+        )
+    if which == "last":
+        return found[-1]
+    for state in read_checkpoint(found[-1]).get("callbacks", {}).values():
+        best = state.get("best_model_path") if state.get("monitor") else None
+        if best:
+            path = folder / Path(best).name  # the run may have been moved since
+            if path.is_file():
+                return path
+            raise CheckpointError(f"--ckpt_path best: the run's best checkpoint {path.resolve()} is gone.")
+    raise CheckpointError(
+        f"--ckpt_path best: {found[-1]} names no best checkpoint. The run needs a ModelCheckpoint with a "
+        "monitor and a validation (--data.validation); or give --ckpt_path last."
+    )
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """A checkpoint's content, tensors mapped from disk; nothing in it is executed.
+
+    Raises:
+        CheckpointError: If the file is damaged, or holds anything but tensors and primitives.
+    """
+    try:
+        content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # torch raises many kinds for a damaged file
+        raise CheckpointError(f"{path} is damaged or no checkpoint: {str(error).splitlines()[0]}") from error
+    return content
+
+
+def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
+    """The hyperparameters of a checkpoint that differ from a configuration's, a line each."""
+    a, b = dict(_flatten(there)), dict(_flatten(here))
+    return [
+        f"{key}: {a.get(key, 'not set')} in the checkpoint, {b.get(key, 'not set')} here"
+        for key in sorted({**a, **b})
+        if a.get(key) != b.get(key) and key.rpartition(".")[2] not in _FREE_OF_CONSEQUENCE
+    ]
+
+
+def write_config(run: Path, text: str) -> None:
+    """Writes the run's configuration; one that it replaces is kept under a number."""
+    path = run / CONFIG
+    run.mkdir(parents=True, exist_ok=True)
+    if path.exists():
+        if path.read_text() == text:
+            return
+        number = next(n for n in range(1, 10**6) if not (run / f"config.{n}.yaml").exists())
+        path.rename(run / f"config.{number}.yaml")
+    draft = path.with_suffix(".tmp")
+    draft.write_text(text)
+    os.replace(draft, path)
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if key == "_instantiator":
+            continue
+        if isinstance(value, Mapping):
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
