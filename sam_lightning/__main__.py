@@ -1,6 +1,12 @@
 """`python -m sam_lightning`, the same as the command `sam-lightning`."""
 
-from sam_lightning.cli import main
+from sam_lightning import cli
+
+
+def main() -> None:
+    """Runs the command line's words; what a script's entry point returns would become its exit code."""
+    cli.main()
+
 
 if __name__ == "__main__":
     main()

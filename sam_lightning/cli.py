@@ -1,6 +1,7 @@
 """The command line: `sam-lightning fit | validate | test | predict`."""
 
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ from sam_lightning.run_directory import (
     read_checkpoint,
     write_config,
 )
+
+STRICT = {"allow_abbrev": False}
 
 
 class RunConfig(SaveConfigCallback):
@@ -93,13 +96,12 @@ class CLI(LightningCLI):
                 self.model.configure_optimizers()
         except (TypeError, ValueError) as error:
             raise SettingsError(str(error)) from error
-        # Every module, not only those that think of it: the configuration as primitives.
-        self.model.save_hyperparameters(
-            {
-                **_hparams(self.config_dump["model"]),
-                "_instantiator": "lightning.pytorch.cli.instantiate_module",
-            }
-        )
+        # Of every module, not only of those that think of it: the configuration, as primitives.
+        self._dump_config()
+        for key, module in (("model", self.model), ("data", self.datamodule)):
+            if module is not None:
+                instantiator = {"_instantiator": "lightning.pytorch.cli.instantiate_module"}
+                module.save_hyperparameters({**_hparams(self.config_dump[key]), **instantiator})
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Builds the trainer, with TensorBoard in the run directory unless another logger is configured."""
@@ -153,6 +155,8 @@ def main(args: list[str] | None = None) -> CLI:
     Raises:
         SystemExit: With a message and a code other than 0 if the input is bad.
     """
+    # Lightning 2.6 under newer torch: nothing a user could act on.
+    warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\)", category=FutureWarning)
     try:
         return CLI(
             LightningModule,
@@ -161,6 +165,8 @@ def main(args: list[str] | None = None) -> CLI:
             subclass_mode_data=True,
             auto_configure_optimizers=False,
             seed_everything_default=1,
+            # Otherwise --trainer.max_epoch is taken for max_epochs, today.
+            parser_kwargs={key: STRICT for key in ("fit", "validate", "test", "predict")} | STRICT,
             save_config_callback=RunConfig,
             save_config_kwargs={"save_to_log_dir": False},
             trainer_defaults={"callbacks": [RandomStates(), FinalMetrics()]},

@@ -11,8 +11,9 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import DDPStrategy
-from regression import SAM_SGD, SGD, Regression, loader, make_data, make_network, state_of
 from torch.utils.data import DataLoader, DistributedSampler
+
+from regression import SAM_SGD, SGD, Regression, loader, make_data, make_network, state_of
 
 PLAIN = {
     "sync": {"sync_perturbation": True},

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from regression import SAM_SGD, SGD, assert_same, bare_loop, loader, make_network, state_of
 from torch.nn.functional import mse_loss
+
+from regression import SAM_SGD, SGD, assert_same, bare_loop, loader, make_network, state_of
 
 WORKER = Path(__file__).with_name("distributed_worker.py")
 

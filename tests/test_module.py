@@ -7,9 +7,9 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.plugins import MixedPrecision
-from regression import SAM_SGD, SGD, Regression, assert_same, bare_loop, loader, make_network, state_of
 from torch.optim.lr_scheduler import CosineAnnealingLR, StepLR
 
+from regression import SAM_SGD, SGD, Regression, assert_same, bare_loop, loader, make_network, state_of
 from sam_lightning import ASAM
 from sam_lightning.callbacks import RandomStates
 

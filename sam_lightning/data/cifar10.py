@@ -1,0 +1,163 @@
+"""CIFAR-10 through torchvision, held in memory."""
+
+import os
+import shutil
+import tarfile
+import tempfile
+from pathlib import Path
+
+import torch
+import torchvision
+from torchvision.datasets.utils import check_integrity
+
+from sam_lightning.data.augment import CropAndFlip
+from sam_lightning.data.images import ImageData, Images, Normalisation, Validation
+
+VARIABLE = "SAM_LIGHTNING_DATA"
+
+
+class DataError(RuntimeError):
+    """Data that are missing, damaged, or cannot be downloaded."""
+
+
+class CIFAR10(ImageData):
+    """CIFAR-10: 50,000 training and 10,000 test images, 32x32, three channels, ten classes.
+
+    Args:
+        root: Folder that holds `cifar-10-batches-py`; `None`: the environment variable
+            SAM_LIGHTNING_DATA, else `data`.
+        download: Whether to download the data if they are not there.
+        random_crop: Crop training images at random, after padding with 4 zeros on each side.
+        horizontal_flip: Mirror training images at random.
+        batch_size: See `ImageData`, as all that follow.
+        validation: split, test or none.
+        validation_fraction: Held-out share of the training set.
+        split_seed: Seed of the split.
+        normalisation: unit, half or standard.
+        seed: Seed of order and augmentation.
+        num_workers: Worker processes.
+        eval_batch_size: Samples per evaluation batch.
+        drop_last: Whether an incomplete last training batch is left out.
+
+    Raises:
+        DataError: If the data are neither there nor downloadable, or a file is damaged.
+
+    Reference:
+        A. Krizhevsky. Learning Multiple Layers of Features from Tiny Images. 2009.
+    """
+
+    num_classes = 10
+    largest = 255.0
+    mean = (0.4914, 0.4822, 0.4465)  # of the 50,000 training images
+    std = (0.2470, 0.2435, 0.2616)
+
+    def __init__(
+        self,
+        root: str | None = None,
+        download: bool = True,
+        random_crop: bool = True,
+        horizontal_flip: bool = True,
+        batch_size: int = 128,
+        validation: Validation = "split",
+        validation_fraction: float = 0.1,
+        split_seed: int = 0,
+        normalisation: Normalisation = "standard",
+        seed: int | None = None,
+        num_workers: int = 0,
+        eval_batch_size: int | None = None,
+        drop_last: bool = False,
+    ) -> None:
+        super().__init__(
+            batch_size=batch_size,
+            validation=validation,
+            validation_fraction=validation_fraction,
+            split_seed=split_seed,
+            normalisation=normalisation,
+            seed=seed,
+            num_workers=num_workers,
+            eval_batch_size=eval_batch_size,
+            drop_last=drop_last,
+        )
+        self.save_hyperparameters()
+        self.root, self._named_by = _find_root(root)
+        self.download = download
+        self.random_crop = random_crop
+        self.horizontal_flip = horizontal_flip
+
+    def prepare_data(self) -> None:
+        """Downloads what is missing; a damaged file is reported and left alone."""
+        if missing := self._missing():
+            if not self.download:
+                raise DataError(
+                    self._absent(missing) + " Put the data there, name their folder, or allow --data.download."
+                )
+            self._fetch(missing)
+
+    def load(self) -> tuple[Images, Images]:
+        """Training and test images."""
+        if missing := self._missing():
+            raise DataError(self._absent(missing) + " Put the data there, or name their folder by --data.root.")
+        parts = []
+        for train in (True, False):
+            part = torchvision.datasets.CIFAR10(self.root, train=train)
+            images = torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous()
+            parts.append(Images(images, torch.tensor(part.targets)))
+        return parts[0], parts[1]
+
+    def augmentation(self, samples: int) -> CropAndFlip:
+        """Random crop and flip, each if it is switched on."""
+        return CropAndFlip(samples, self.seed, crop=self.random_crop, flip=self.horizontal_flip)
+
+    def _missing(self) -> list[str]:
+        """Names of the files that are not there; nothing that is damaged is ever unpickled."""
+        cls = torchvision.datasets.CIFAR10
+        missing = []
+        for name, md5 in [*cls.train_list, *cls.test_list, [cls.meta["filename"], cls.meta["md5"]]]:
+            path = self._folder / name
+            if not path.is_file():
+                missing.append(name)
+            elif not check_integrity(path, md5):
+                raise DataError(
+                    f"CIFAR-10: {path.resolve()} is damaged ({path.stat().st_size} bytes, MD5 is not {md5}). "
+                    "Delete it, or move it away, and run again: it is then downloaded anew."
+                )
+        return missing
+
+    @property
+    def _folder(self) -> Path:
+        name: str = torchvision.datasets.CIFAR10.base_folder
+        return self.root / name
+
+    def _absent(self, missing: list[str]) -> str:
+        return f"CIFAR-10: {', '.join(missing)} not found in {self._folder.resolve()} ({self._named_by})."
+
+    def _fetch(self, missing: list[str]) -> None:
+        """Downloads and unpacks beside the target, and moves each finished file into place."""
+        new_root = not self.root.exists()
+        beside = None
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            beside = Path(tempfile.mkdtemp(prefix=".cifar10-", dir=self.root))
+            torchvision.datasets.CIFAR10(beside, download=True)
+            self._folder.mkdir(exist_ok=True)
+            for name in missing:
+                os.replace(beside / self._folder.name / name, self._folder / name)
+        except (OSError, RuntimeError, EOFError, tarfile.TarError) as error:
+            raise DataError(
+                f"{self._absent(missing)} The download from {torchvision.datasets.CIFAR10.url} failed: {error}. "
+                f"Put the data there, or name their folder by --data.root or {VARIABLE}."
+            ) from error
+        finally:
+            if beside is not None:
+                shutil.rmtree(beside, ignore_errors=True)
+            if new_root and self.root.is_dir() and not any(self.root.iterdir()):
+                self.root.rmdir()
+
+
+def _find_root(root: str | None) -> tuple[Path, str]:
+    """The folder of the data, and who named it."""
+    if root is not None:
+        return Path(root), "--data.root"
+    if os.environ.get(VARIABLE):
+        return Path(os.environ[VARIABLE]), VARIABLE
+    return Path("data"), f"the default; neither --data.root nor {VARIABLE} is set"

@@ -1,0 +1,74 @@
+"""The handwritten digits that scikit-learn brings along."""
+
+import numpy as np
+import torch
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+
+from sam_lightning.data.images import ImageData, Images, Normalisation, Validation
+
+
+class Digits(ImageData):
+    """1,797 real 8x8 images of ten handwritten digits, nothing to download: for first runs and tests.
+
+    The test set is a fixed stratified part of 360 images, whatever the seeds.
+
+    Args:
+        batch_size: See `ImageData`, as all the others.
+        validation: split, test or none.
+        validation_fraction: Held-out share of the training set.
+        split_seed: Seed of the split.
+        normalisation: unit, half or standard.
+        seed: Seed of the order.
+        num_workers: Worker processes.
+        eval_batch_size: Samples per evaluation batch.
+        drop_last: Whether an incomplete last training batch is left out.
+
+    Reference:
+        E. Alpaydin, C. Kaynak. Optical Recognition of Handwritten Digits. UCI Machine Learning Repository,
+        1998 (its test part).
+    """
+
+    num_classes = 10
+    largest = 16.0
+    mean = (0.3054,)  # of the 1,437 training images
+    std = (0.3761,)
+
+    def __init__(
+        self,
+        batch_size: int = 64,
+        validation: Validation = "split",
+        validation_fraction: float = 0.1,
+        split_seed: int = 0,
+        normalisation: Normalisation = "unit",
+        seed: int | None = None,
+        num_workers: int = 0,
+        eval_batch_size: int | None = None,
+        drop_last: bool = False,
+    ) -> None:
+        super().__init__(
+            batch_size=batch_size,
+            validation=validation,
+            validation_fraction=validation_fraction,
+            split_seed=split_seed,
+            normalisation=normalisation,
+            seed=seed,
+            num_workers=num_workers,
+            eval_batch_size=eval_batch_size,
+            drop_last=drop_last,
+        )
+        self.save_hyperparameters()
+
+    def load(self) -> tuple[Images, Images]:
+        """Training (1,437) and test (360) images."""
+        digits = load_digits()
+        everything = Images(
+            torch.from_numpy(digits.images).to(torch.uint8).unsqueeze(1), torch.from_numpy(digits.target).long()
+        )
+        train, test = train_test_split(
+            np.arange(len(everything)), test_size=360, stratify=digits.target, random_state=0
+        )
+        parts = (everything.subset(torch.from_numpy(np.sort(part))) for part in (train, test))
+        # Numbered anew: a sample's number is its place in its own set.
+        train_images, test_images = (Images(part.images, part.labels) for part in parts)
+        return train_images, test_images

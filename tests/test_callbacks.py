@@ -1,0 +1,66 @@
+"""Callbacks: what they write, what they refuse, and that nothing but primitives is saved."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch.loggers import TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from regression import Regression, loader
+from sam_lightning.callbacks import FinalMetrics, RandomStates, WeightHistograms
+
+
+def events(folder):
+    return EventAccumulator(str(folder), size_guidance={"histograms": 0, "scalars": 0}).Reload()
+
+
+def test_histograms_of_chosen_weights(trainer, tmp_path):
+    name = "network.0.weight"
+    logger = TensorBoardLogger(tmp_path, name="", version="")
+    module = Regression()
+    first = module.network[0].weight.detach().clone()
+    trainer(max_epochs=5, logger=logger, callbacks=[WeightHistograms([name], every_n_epochs=2)]).fit(module, loader())
+    written = events(tmp_path).Histograms(f"weights/{name}")
+    assert [event.step for event in written] == [0, 16, 32]  # at the start, after epochs 2 and 4
+    assert written[0].histogram_value.num == first.numel()
+    assert written[0].histogram_value.sum == pytest.approx(first.sum().item(), rel=1e-5)
+
+
+def test_a_wrong_name_is_refused_with_the_nearest(trainer):
+    with pytest.raises(ValueError, match=r"no parameter 'network\.0\.wieght'; the nearest are network\.0\.weight"):
+        trainer(callbacks=[WeightHistograms(["network.0.wieght"])]).fit(Regression(), loader())
+    with pytest.raises(ValueError, match="every_n_epochs must be an integer >= 1, got 0"):
+        WeightHistograms([], every_n_epochs=0)
+
+
+def test_final_metrics_reach_the_hyperparameters_page(trainer, tmp_path):
+    class Tested(Regression):
+        def test_step(self, batch, batch_idx):
+            self.log("test/loss", self.loss(batch))
+
+    module = Tested()
+    module.save_hyperparameters({"rho": 0.1, "nested": {"lr": 0.05}})
+    logger = TensorBoardLogger(tmp_path, name="", version="", default_hp_metric=False)
+    trainer(logger=logger, callbacks=[FinalMetrics()]).test(module, loader(), verbose=False)
+    logger.finalize("success")
+    assert "test/loss" in events(tmp_path).Tags()["scalars"]
+    plugin = events(tmp_path).summary_metadata["_hparams_/session_start_info"].plugin_data.content
+    assert b"rho" in plugin
+    assert b"nested/lr" in plugin
+
+
+def test_random_states_round_trip_through_a_safe_checkpoint(trainer, tmp_path):
+    callback = RandomStates()
+    torch.save(callback.state_dict(), tmp_path / "states.pt")
+    drawn = torch.rand(3), np.random.rand(3), random.random()  # the global state is the subject
+    resumed = RandomStates()
+    resumed.load_state_dict(torch.load(tmp_path / "states.pt", weights_only=True))
+    resumed.on_train_start(None, None)
+    again = torch.rand(3), np.random.rand(3), random.random()
+    assert torch.equal(drawn[0], again[0])
+    assert np.array_equal(drawn[1], again[1])
+    assert drawn[2] == again[2]
+    resumed.on_train_start(None, None)  # restores once only
+    assert random.random() != again[2]

@@ -1,0 +1,225 @@
+"""The command line as its user meets it: commands in, files and messages out."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.cli import OptimizerCallable
+
+from regression import Regression, assert_same, loader, state_of
+from sam_lightning.cli import main
+from sam_lightning.run_directory import read_checkpoint
+
+ROOT = Path(__file__).parents[1]
+BASE = ["-c", f"{ROOT}/configs/base.yaml", "-c", f"{ROOT}/configs/data/digits.yaml"]
+QUICK = ["--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false"]
+QUICK += ["--trainer.accelerator", "cpu", "--trainer.limit_train_batches", "4", "--trainer.log_every_n_steps", "2"]
+pytestmark = pytest.mark.filterwarnings(
+    # The run directory is the user's choice; what a former run left there is kept.
+    "ignore:Checkpoint directory .* exists and is not empty",
+    # A moved run: Lightning finds the best checkpoint again, and says that it forgets its score.
+    "ignore:The dirpath has changed",
+)
+
+
+@pytest.fixture(autouse=True)
+def _in_an_empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def fit(*more, optimizer="sam", epochs=1):
+    words = ["fit", *BASE, "--model.optimizer", f"{ROOT}/configs/optimizers/{optimizer}.yaml", *QUICK]
+    return main([*words, "--trainer.max_epochs", str(epochs), *more])
+
+
+def fails(capsys, *args):
+    """What a command that must fail tells its user."""
+    with pytest.raises(SystemExit) as exit_:
+        main(list(args))
+    code = exit_.value.code
+    assert code not in (0, None)
+    return (code if isinstance(code, str) else "") + capsys.readouterr().err
+
+
+def test_fit_then_test_name_what_came_out(capsys):
+    trained = fit()
+    out = capsys.readouterr().out
+    assert "val accuracy" in out
+    assert "run            runs/digits-sam-seed1\n" in out
+    assert "checkpoints    runs/digits-sam-seed1/checkpoints: best.ckpt, last.ckpt\n" in out
+    assert out.endswith("tensorboard --host 127.0.0.1 --logdir runs/digits-sam-seed1\n")
+    files = {path.name.partition(".")[0] for path in Path("runs/digits-sam-seed1").iterdir()}
+    assert files == {"config", "checkpoints", "events", "hparams"}
+
+    tested = main(["test", *BASE, "--model.optimizer", f"{ROOT}/configs/optimizers/sam.yaml", *QUICK])
+    assert_same(state_of(tested.model.network), state_of(trained.model.network))
+    accuracy = tested.trainer.callback_metrics["test/accuracy"].item()
+    assert f"test accuracy  {accuracy:.4f}\n" in capsys.readouterr().out
+
+
+def test_a_run_directory_is_enough(capsys):
+    trained = fit("--trainer.default_root_dir", "elsewhere")
+    tested = main(["test", "--ckpt_path", "elsewhere"])
+    assert_same(state_of(tested.model.network), state_of(trained.model.network))
+    Path("elsewhere").rename("moved")
+    moved = main(["test", "--ckpt_path", "moved/checkpoints/best.ckpt"])
+    assert moved.run == Path("moved")
+    assert not Path("elsewhere").exists()
+
+
+def test_commands_can_be_repeated_in_one_directory():
+    fit()
+    first = Path("runs/digits-sam-seed1/config.yaml").read_text()
+    fit()
+    assert not Path("runs/digits-sam-seed1/config.1.yaml").exists()
+    fit("--model.label_smoothing", "0.1")
+    assert Path("runs/digits-sam-seed1/config.1.yaml").read_text() == first
+    assert "label_smoothing: 0.1" in Path("runs/digits-sam-seed1/config.yaml").read_text()
+    for _ in range(2):
+        main(["test", "--ckpt_path", "runs/digits-sam-seed1"])
+    assert "label_smoothing: 0.1" in Path("runs/digits-sam-seed1/config.yaml").read_text()
+
+
+def test_what_was_typed_is_what_runs():
+    fit()
+    path = "runs/digits-sam-seed1/checkpoints/last.ckpt"
+    tested = main(["test", "--ckpt_path", path, "--model.label_smoothing", "0.3", "--data.batch_size", "100"])
+    assert tested.model.label_smoothing == 0.3
+    assert tested.datamodule.batch_size == 100
+
+
+def test_resuming_with_other_settings_is_refused(capsys):
+    fit()
+    run = "runs/digits-sam-seed1"
+    said = fails(capsys, "fit", "--ckpt_path", run, "--model.optimizer.init_args.rho", "0.2", "--data.batch_size", "32")
+    assert "model.optimizer.init_args.rho: 0.05 in the checkpoint, 0.2 here" in said
+    assert "data.batch_size: 64 in the checkpoint, 32 here" in said
+    assert f"fit --ckpt_path {run}" in said
+    main(["fit", "--ckpt_path", run, "--trainer.max_epochs", "2", "--data.num_workers", "0"])  # these may differ
+
+
+@pytest.mark.parametrize("which", ["last", "best"])
+def test_a_checkpoint_that_is_not_there_is_an_error(capsys, which):
+    said = fails(capsys, "test", *BASE, "--model.optimizer", "SGD", "--model.optimizer.lr", "0.1", "--ckpt_path", which)
+    assert f"--ckpt_path {which}: no last*.ckpt in {Path.cwd()}/runs/digits-sgd-seed1/checkpoints" in said
+    assert "Run `fit` first" in said
+
+
+def test_damaged_and_foreign_checkpoints_are_refused(capsys):
+    Path("damaged.ckpt").write_bytes(b"not a checkpoint")
+    said = fails(capsys, "fit", *BASE, "--model.optimizer", "SGD", *QUICK, "--ckpt_path", "damaged.ckpt")
+    assert "damaged.ckpt is damaged or no checkpoint" in said
+    assert "no such file" in fails(capsys, "test", *BASE, "--model.optimizer", "SGD", "--ckpt_path", "absent.ckpt")
+
+
+def test_best_is_the_monitored_checkpoint():
+    trained = fit(epochs=3)
+    tested = main(["test", "--ckpt_path", "runs/digits-sam-seed1", "--trainer.limit_test_batches", "1"])
+    assert tested.config.test.ckpt_path.endswith("last.ckpt")
+    words = ["test", *BASE, "--model.optimizer", f"{ROOT}/configs/optimizers/sam.yaml", "--ckpt_path", "best"]
+    best = main([*words, *QUICK])
+    assert best.config.test.ckpt_path == "runs/digits-sam-seed1/checkpoints/best.ckpt"
+    saved = read_checkpoint(Path(best.config.test.ckpt_path))
+    score = trained.trainer.checkpoint_callback.best_model_score
+    assert main([*words, *QUICK]).trainer.callback_metrics.keys() >= {"test/accuracy"}
+    assert saved["epoch"] == trained.trainer.checkpoint_callback.best_model_score.new_tensor(saved["epoch"]).item()
+    assert score > 0
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "sam", "asam"])
+def test_resume_equals_an_undisturbed_run(optimizer):
+    straight = fit("--trainer.default_root_dir", "straight", optimizer=optimizer, epochs=3)
+    fit("--trainer.default_root_dir", "resumed", optimizer=optimizer, epochs=1)
+    resumed = main(["fit", "--ckpt_path", "resumed", "--trainer.max_epochs", "3"])
+    assert_same(state_of(resumed.model), state_of(straight.model))
+    assert resumed.trainer.global_step == straight.trainer.global_step == 12
+    for key in ("train/loss_epoch", "val/accuracy", "val/loss"):
+        assert resumed.trainer.callback_metrics[key] == straight.trainer.callback_metrics[key]
+
+
+def test_checkpoints_hold_primitives_only():
+    fit()
+    path = Path("runs/digits-sam-seed1/checkpoints/last.ckpt")
+    content = torch.load(path, weights_only=True)
+    hparams = content["hyper_parameters"]
+    assert hparams["optimizer"]["class_path"] == "sam_lightning.SAM"
+    assert hparams["optimizer"]["init_args"]["base"]["init_args"]["momentum"] == 0.9
+    assert content["datamodule_hyper_parameters"]["batch_size"] == 64
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--model.optimizer.init_args.rhoo", "0.1"], "rhoo"),
+        (["--model.labelsmoothing", "0.1"], "labelsmoothing"),
+        (["--data.batchsize", "3"], "batchsize"),
+        (["--trainer.max_epoch", "3"], "max_epoch"),
+        (["--model.optimizer.init_args.rho", "-1"], "rho must be a finite number >= 0, got -1"),
+        (["--model.optimizer.init_args.base.init_args.lr", "-1"], "Invalid learning rate: -1"),
+        (["--model.accumulate", "0"], "accumulate must be an integer >= 1, got 0"),
+        (["--model.batch_norm_stats", "none"], "batch_norm_stats"),
+        (["--data.batch_size", "0"], "batch_size"),
+        (["--data.validation", "some"], "validation"),
+        (["--model.network.init_args.width", "wide"], "width"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_bad_input_is_named(capsys, words, expected):
+    said = fails(capsys, "fit", *BASE, "--model.optimizer", f"{ROOT}/configs/optimizers/sam.yaml", *QUICK, *words)
+    assert expected in said
+    assert "Traceback" not in said
+    assert not Path("runs").exists()
+
+
+class OwnModule(Regression):
+    """A user's module: its options come from the command line too."""
+
+    def __init__(self, optimizer: OptimizerCallable, width: int = 3):
+        super().__init__(optimizer)
+        self.width = width
+
+
+class OwnData(LightningDataModule):
+    def train_dataloader(self):
+        return loader()
+
+
+def test_a_users_own_module_and_data(capsys):
+    own = main(
+        [
+            "fit",
+            "--model",
+            "test_cli.OwnModule",
+            "--model.width",
+            "5",
+            "--data",
+            "test_cli.OwnData",
+            *QUICK[:6],
+            "--model.optimizer",
+            f"{ROOT}/configs/optimizers/sam.yaml",
+            "--trainer.max_epochs",
+            "1",
+        ]
+    )
+    assert own.model.width == 5
+    assert own.run == Path("runs/owndata-sam-seed1")
+    assert own.trainer.global_step == 8
+
+
+def test_predictions_are_saved():
+    fit()
+    main(["predict", "--ckpt_path", "runs/digits-sam-seed1"])
+    batches = torch.load("runs/digits-sam-seed1/predictions.pt", weights_only=True)
+    assert torch.cat(batches).shape == (360, 10)
+    torch.testing.assert_close(torch.cat(batches).sum(1), torch.ones(360))
+
+
+def test_a_fresh_process_exits_with_a_code():
+    words = [sys.executable, "-m", "sam_lightning", "test", *BASE, "--model.optimizer", "SGD"]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("sam-lightning: error: --ckpt_path last: no last*.ckpt in")
+    assert "Traceback" not in done.stderr

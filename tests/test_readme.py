@@ -1,0 +1,40 @@
+"""The README's Python runs, and its commands name files that exist."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+@pytest.mark.parametrize("code", PYTHON, ids=["plain-pytorch", "own-module"])
+def test_python_examples_run(code, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = {"__name__": "readme"}
+    exec(compile(code, "README.md", "exec"), names)
+    if "module" in names:
+        assert names["module"].trainer.global_step == 16
+    else:
+        assert names["model"].weight.grad is None
+
+
+def test_commands_name_files_that_exist():
+    named = re.findall(r"configs/[\w/.-]+\.yaml", README)
+    assert len(named) > 8
+    for name in named:
+        assert (ROOT / name).is_file(), name
+
+
+def test_the_two_lines_stand_by_themselves():
+    lines = [line for line in README.splitlines() if line.startswith("python3 -m venv .venv")]
+    assert len(lines) == 2
+    assert "sam-lightning fit" in lines[0]
+    assert "pytest" in lines[1]
+
+
+def test_the_project_speaks_of_itself_alone():
+    assert "@@" not in README
+    assert len(README.splitlines()) <= 170
