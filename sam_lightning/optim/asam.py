@@ -73,8 +73,8 @@ class ASAM(SharpnessAware):
                 if weight in biases:
                     t.fill_(1.0)
         Tg = torch._foreach_mul(T, grads)
-        norm = global_norm(list(Tg))
-        return divide_by_norm(list(torch._foreach_mul(T, Tg)), norm)
+        unit = divide_by_norm(list(Tg), global_norm(list(Tg)))
+        return list(torch._foreach_mul(T, unit))  # last: T^2 g may be beyond half precision
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group; its parameters must be named if biases are told apart."""

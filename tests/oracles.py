@@ -1,0 +1,97 @@
+"""Slow float64 references, one scalar formula at a time, without torch.optim and without sam_lightning."""
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def sam_displacements(weights: list[Tensor], grads: list[Tensor | None], radii: list[float], **_) -> list[Tensor]:
+    """e_i = rho_i g_i / ||g||, the norm over all parameters that have a gradient and a radius."""
+    square = 0.0
+    for g, rho in zip(grads, radii, strict=True):
+        if g is not None and rho > 0:
+            for value in g.flatten().tolist():
+                square += value * value
+    length = math.sqrt(square) + 1e-12
+    return [
+        torch.zeros_like(w) if g is None else torch.tensor([rho * v / length for v in g.flatten().tolist()]).view_as(w)
+        for w, g, rho in zip(weights, grads, radii, strict=True)
+    ]
+
+
+def asam_displacements(
+    weights: list[Tensor],
+    grads: list[Tensor | None],
+    radii: list[float],
+    names: list[str],
+    eta: float,
+    normalize_bias: bool,
+) -> list[Tensor]:
+    """e_i = rho_i T_i^2 g_i / ||T g|| with T = |w| + eta, but 1 for biases unless they are normalised."""
+    scales = []
+    for w, name in zip(weights, names, strict=True):
+        own_name = name.split(".")[-1]
+        scaled = normalize_bias or "bias" not in own_name
+        scales.append([abs(v) + eta if scaled else 1.0 for v in w.flatten().tolist()])
+    square = 0.0
+    for g, rho, scale in zip(grads, radii, scales, strict=True):
+        if g is not None and rho > 0:
+            square += sum((t * v) ** 2 for t, v in zip(scale, g.flatten().tolist(), strict=True))
+    length = math.sqrt(square) + 1e-12
+    displacements = []
+    for w, g, rho, scale in zip(weights, grads, radii, scales, strict=True):
+        values = [0.0] * w.numel() if g is None else g.flatten().tolist()
+        displacements.append(
+            torch.tensor([rho * t * t * v / length for t, v in zip(scale, values, strict=True)]).view_as(w)
+        )
+    return displacements
+
+
+class SGD:
+    """v <- mu v + g + lambda w;  w <- w - lr v."""
+
+    def __init__(self, lr: float, momentum: float = 0.0, weight_decay: float = 0.0):
+        self.lr, self.momentum, self.weight_decay = lr, momentum, weight_decay
+        self.velocity: dict[int, Tensor] = {}
+
+    def update(self, i: int, w: Tensor, g: Tensor, lr: float | None) -> Tensor:
+        g = g + self.weight_decay * w
+        if self.momentum:
+            g = self.momentum * self.velocity[i] + g if i in self.velocity else g
+            self.velocity[i] = g
+        return w - (self.lr if lr is None else lr) * g
+
+
+class Adam:
+    """m, v: moving means of g and g^2;  w <- w - lr m_hat / (sqrt(v_hat) + eps)."""
+
+    def __init__(self, lr: float, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8):
+        self.lr, self.betas, self.eps = lr, betas, eps
+        self.moments: dict[int, tuple[int, Tensor, Tensor]] = {}
+
+    def update(self, i: int, w: Tensor, g: Tensor, lr: float | None) -> Tensor:
+        step, m, v = self.moments.get(i, (0, torch.zeros_like(w), torch.zeros_like(w)))
+        a, b = self.betas
+        step, m, v = step + 1, a * m + (1 - a) * g, b * v + (1 - b) * g * g
+        self.moments[i] = (step, m, v)
+        m_hat, v_hat = m / (1 - a**step), v / (1 - b**step)
+        return w - (self.lr if lr is None else lr) * m_hat / (v_hat.sqrt() + self.eps)
+
+
+def sharpness_aware_steps(steps, parameters, loss, displacements, base, radii, rates, **options):
+    """Trains `parameters` (changed in place) for `steps` steps; `loss()` is evaluated at their values."""
+    for _ in range(steps):
+        weights = [p.detach().clone() for p in parameters]
+        ascent = gradients(parameters, loss)
+        for p, w, e in zip(parameters, weights, displacements(weights, ascent, radii, **options), strict=True):
+            p.data = w + e
+        descent = gradients(parameters, loss)
+        for i, (p, w, g) in enumerate(zip(parameters, weights, descent, strict=True)):
+            p.data = w if g is None else base.update(i, w, g, rates[i])
+
+
+def gradients(parameters, loss) -> list[Tensor | None]:
+    trained = [p for p in parameters if p.requires_grad]
+    found = dict(zip(map(id, trained), torch.autograd.grad(loss(), trained, allow_unused=True), strict=True))
+    return [found.get(id(p)) for p in parameters]

@@ -1,0 +1,373 @@
+"""The data modules: order, resume, preparation on the device, and what happens when files are not right."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision
+from torchvision.transforms import functional as F  # torchvision's own name for it
+
+from fake_cifar10 import BASE, fake_cifar10, fake_files, make_archive, md5, serving  # noqa: F401  # fixtures
+from sam_lightning.data import CIFAR10, DataError, Digits
+from sam_lightning.data.augment import CropAndFlip, crop_and_flip
+from sam_lightning.data.images import Images
+from sam_lightning.data.loader import BatchLoader
+from sam_lightning.data.sampler import EpochSampler
+
+REAL = os.environ.get("SAM_LIGHTNING_DATA")
+needs_cifar10 = pytest.mark.skipif(not REAL, reason="SAM_LIGHTNING_DATA does not name a folder with CIFAR-10")
+
+
+def images(count=103, channels=3, size=8):
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (count, channels, size, size), generator=generator, dtype=torch.uint8)
+    return Images(pixels, torch.arange(count) % 10)
+
+
+def order(seed, epoch, data=None, **share):
+    sampler = EpochSampler(data or images(), seed, shuffle=True, **share)
+    sampler.set_epoch(epoch)
+    return list(sampler)
+
+
+def module(**options):
+    data = CIFAR10(**{"batch_size": 7, "seed": 3, **options})
+    data.setup("fit")
+    return data
+
+
+# Order and resume.
+
+
+def test_the_order_is_a_pure_function_of_seed_and_epoch():
+    torch.manual_seed(1)
+    a = order(20, 10)
+    torch.manual_seed(2)
+    assert order(20, 10) == a
+    assert sorted(a) == list(range(103))
+    others = [order(30, 0), order(20, 11), order(21, 10), order(10, 20)]
+    for other in others:  # seed + epoch would make some of them equal; random ones share 1 place on average
+        assert sum(x == y for x, y in zip(a, other, strict=True)) < 10
+
+
+@pytest.mark.parametrize("count", [96, 103, 1, 3])
+@pytest.mark.parametrize("world", [2, 4])
+def test_the_ranks_together_see_the_single_process_batches(count, world):
+    whole = order(5, 2, images(count))
+    ranks = [order(5, 2, images(count), world=world, rank=rank) for rank in range(world)]
+    assert len({len(share) for share in ranks}) == 1
+    together = [sample for step in zip(*ranks, strict=True) for sample in step]
+    assert together[:count] == whole
+    assert set(together[count:]) <= set(whole)
+
+
+def test_evaluation_counts_every_sample_once():
+    shares = [EpochSampler(images(), 0, shuffle=False, world=4, rank=rank) for rank in range(4)]
+    assert sorted(sample for share in shares for sample in share) == list(range(103))
+    assert [len(share) for share in shares] == [len(list(share)) for share in shares]
+
+
+class Recording(Images):
+    """Remembers which positions were read."""
+
+    def __init__(self, other):
+        super().__init__(other.images, other.labels)
+        self.read = []
+
+    def __getitems__(self, positions):
+        self.read.append(positions)
+        return super().__getitems__(positions)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("drop_last", [False, True])
+@pytest.mark.parametrize("stop", [0, 1, 4, 10, 11])
+def test_a_resumed_loader_goes_on_where_it_was(workers, drop_last, stop):
+    def make():
+        data = Recording(images())
+        sampler = EpochSampler(data, 1, shuffle=True)
+        sampler.set_epoch(3)
+        return BatchLoader(data, 10, sampler, num_workers=workers, drop_last=drop_last), data
+
+    loader, _ = make()
+    whole = [batch[2].tolist() for batch in loader]
+    stop = min(stop, len(whole))
+    loader, _ = make()
+    iterator = iter(loader)
+    for _ in range(stop):
+        next(iterator)
+    state = loader.state_dict()
+    assert state == {"epoch": 3, "batches": stop}
+    iterator.close()
+
+    before = torch.get_rng_state()
+    resumed, data = make()
+    resumed.load_state_dict(state)
+    rest = [batch[2].tolist() for batch in resumed]
+    again = [batch[2].tolist() for batch in resumed]  # the next iteration is a whole epoch
+    assert torch.equal(torch.get_rng_state(), before)
+    if stop == len(whole):  # the epoch was complete: it is the next one's turn
+        assert rest == again != whole
+        assert resumed.state_dict()["epoch"] == 4
+    else:
+        assert rest == whole[stop:]
+        assert again == whole
+        assert workers or len(data.read) == len(whole) - stop + len(whole)  # skipped batches are not read
+
+
+# Preparation.
+
+
+def test_crop_and_flip_equals_torchvision_image_by_image():
+    data = images(20, size=32).images
+    generator = torch.Generator().manual_seed(4)
+    top, left = torch.randint(0, 9, (2, 20), generator=generator)
+    flip = torch.rand(20, generator=generator) < 0.5
+    got = crop_and_flip(data, top, left, flip, padding=4)
+    for i in range(20):
+        expected = F.crop(F.pad(data[i], [4]), int(top[i]), int(left[i]), 32, 32)
+        assert torch.equal(got[i], F.hflip(expected) if flip[i] else expected)
+
+
+def test_augmentation_depends_on_seed_epoch_and_sample_alone():
+    data = images(40)
+    samples = data.samples
+
+    def augmented(seed=1, epoch=2, crop=True, flip=True, parts=1):
+        augment = CropAndFlip(40, seed, crop, flip)
+        return torch.cat([augment(data.images[p], p, epoch) for p in samples.chunk(parts)])
+
+    whole = augmented()
+    assert torch.equal(augmented(parts=7), whole)
+    assert not torch.equal(augmented(epoch=3), whole)
+    assert not torch.equal(augmented(seed=2), whole)
+    shuffled = torch.randperm(40)
+    assert torch.equal(CropAndFlip(40, 1, True, True)(data.images[shuffled], shuffled, 2), whole[shuffled])
+    assert torch.equal(augmented(crop=False, flip=False), data.images)
+    flipped = (augmented(crop=False) == data.images.flip(-1)).flatten(1).all(1)
+    kept = (augmented(crop=False) == data.images).flatten(1).all(1)
+    assert torch.equal(flipped, ~kept)
+    assert 8 < flipped.sum() < 32
+    cropped = augmented(flip=False)
+    assert torch.equal(torch.where(flipped[:, None, None, None], cropped.flip(-1), cropped), whole)
+
+
+@pytest.mark.parametrize(
+    ("normalisation", "mean", "std"),
+    [("unit", [0.0] * 3, [1.0] * 3), ("half", [0.5] * 3, [0.5] * 3), ("standard", CIFAR10.mean, CIFAR10.std)],
+)
+def test_normalisation_equals_torchvisions_bit_for_bit(normalisation, mean, std):
+    data = images().images
+    ours = CIFAR10(normalisation=normalisation).normalise(data)
+    for image, got in zip(data, ours, strict=True):
+        expected = F.normalize(F.to_tensor(image.permute(1, 2, 0).numpy()), mean, std)
+        assert torch.equal(got, expected)
+
+
+def test_only_training_is_augmented(fake_cifar10, trainer):  # noqa: F811
+    data = module(root=str(fake_cifar10), normalisation="unit")
+    data.trainer = trainer()
+    batch = next(iter(data.train_dataloader()))
+    data.trainer.training = True
+    assert not torch.equal(data.on_after_batch_transfer(batch, 0)[0], batch[0] / 255)
+    data.trainer.validating = True
+    assert torch.equal(data.on_after_batch_transfer(batch, 0)[0], batch[0] / 255)
+    data.trainer.testing = True
+    assert torch.equal(data.on_after_batch_transfer(batch, 0)[0], batch[0] / 255)
+
+
+# Splits.
+
+
+def test_the_split_is_stratified_disjoint_and_its_own(fake_cifar10):  # noqa: F811
+    def parts(**options):
+        data = module(root=str(fake_cifar10), validation_fraction=0.2, **options)
+        kept = torch.cat([batch[2] for batch in data.train_dataloader()])
+        held_out = torch.cat([batch[2] for batch in data.val_dataloader()])
+        labels = torch.cat([batch[1] for batch in data.val_dataloader()])
+        return set(kept.tolist()), set(held_out.tolist()), labels
+
+    kept, held_out, labels = parts()
+    assert kept | held_out == set(range(100))
+    assert not kept & held_out
+    assert labels.bincount().tolist() == [2] * 10
+    assert parts(seed=9)[1] == held_out
+    assert parts(split_seed=1)[1] != held_out
+
+
+def test_validation_on_the_test_set_or_none(fake_cifar10):  # noqa: F811
+    test = module(root=str(fake_cifar10), validation="test")
+    assert sum(len(batch[0]) for batch in test.train_dataloader()) == 100
+    for batch, other in zip(test.val_dataloader(), test.test_dataloader(), strict=True):
+        assert torch.equal(batch[0], other[0])
+    assert module(root=str(fake_cifar10), validation="none").val_dataloader() == []
+
+
+def test_digits_need_nothing_and_keep_their_test_set():
+    a, b = Digits(seed=1), Digits(seed=2, split_seed=5)
+    for data in (a, b):
+        data.setup("fit")
+    test = torch.cat([batch[0] for batch in a.test_dataloader()])
+    assert torch.equal(test, torch.cat([batch[0] for batch in b.test_dataloader()]))
+    assert test.shape == (360, 1, 8, 8)
+    train = torch.cat([batch[0] for loader in (a.train_dataloader(), a.val_dataloader()) for batch in loader])
+    assert len(train) == 1437
+    assert train.max() == 16
+    assert not {t.numpy().tobytes() for t in train} & {t.numpy().tobytes() for t in test}
+    scaled = Digits().normalise(train)
+    assert scaled.mean().item() == pytest.approx(Digits.mean[0], abs=5e-5)
+    assert scaled.std().item() == pytest.approx(Digits.std[0], abs=5e-5)
+
+
+def test_the_seed_is_that_of_seed_everything(monkeypatch):
+    assert Digits().seed == 0
+    monkeypatch.setenv("PL_GLOBAL_SEED", "17")
+    assert Digits().seed == 17
+    assert Digits(seed=4).seed == 4
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "allowed"),
+    [
+        ("batch_size", 0, "an integer >= 1"),
+        ("eval_batch_size", -1, "an integer >= 1"),
+        ("validation_fraction", 1.0, r"in \(0, 1\)"),
+        ("validation", "some", r"one of \('split', 'test', 'none'\)"),
+        ("normalisation", "full", r"one of \('unit', 'half', 'standard'\)"),
+        ("seed", -1, "an integer >= 0"),
+    ],
+)
+def test_bad_values_are_named(option, value, allowed):
+    with pytest.raises(ValueError, match=f"{option} must be {allowed}, got {value!r}"):
+        Digits(**{option: value})
+
+
+# Files.
+
+
+def everything_in(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+def use(monkeypatch, url, archive):
+    monkeypatch.setattr(torchvision.datasets.CIFAR10, "url", url)
+    monkeypatch.setattr(torchvision.datasets.CIFAR10, "tgz_md5", md5(archive))
+
+
+def test_a_download_leaves_the_files_and_nothing_else(fake_files, tmp_path, monkeypatch):  # noqa: F811
+    archive = make_archive(fake_files)
+    with serving(archive) as url:
+        use(monkeypatch, url, archive)
+        data = CIFAR10(root=str(tmp_path / "new" / "root"), validation="none")
+        data.prepare_data()
+    assert everything_in(data.root) == sorted([BASE, *(f"{BASE}/{name}" for name in fake_files)])
+    data.prepare_data()  # there now: the server is gone
+    data.setup("fit")
+    assert len(data._train) == 100
+
+
+def test_a_download_adds_only_what_is_missing(fake_files, fake_cifar10, monkeypatch):  # noqa: F811
+    path = fake_cifar10 / BASE / "data_batch_1"
+    (fake_cifar10 / BASE / "test_batch").unlink()
+    before = path.stat().st_ino
+    archive = make_archive(fake_files)
+    with serving(archive) as url:
+        use(monkeypatch, url, archive)
+        CIFAR10(root=str(fake_cifar10)).prepare_data()
+    assert path.stat().st_ino == before
+    assert (fake_cifar10 / BASE / "test_batch").read_bytes() == fake_files["test_batch"]
+
+
+@pytest.mark.parametrize("fault", ["404", "truncated", "wrong", "refused", "escaping", "incomplete"])
+@pytest.mark.parametrize("root_exists", [False, True])
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # the broken connection's own
+def test_a_failed_download_leaves_nothing(fake_files, tmp_path, monkeypatch, fault, root_exists):  # noqa: F811
+    root = tmp_path / "outer" / "root"
+    root.parent.mkdir()
+    if root_exists:
+        root.mkdir()
+        (root / "mine.txt").write_text("kept")
+    archive = make_archive(fake_files, prefix="../.." if fault == "escaping" else BASE)
+    if fault == "incomplete":
+        archive = make_archive({"data_batch_1": fake_files["data_batch_1"]})
+    body = {"truncated": archive[: len(archive) // 2], "wrong": b"no archive"}.get(fault, archive)
+    length = len(archive) if fault == "truncated" else None
+    with serving(body, status=404 if fault == "404" else 200, claimed_length=length) as url:
+        use(monkeypatch, "http://127.0.0.1:9/none.tar.gz" if fault == "refused" else url, archive)
+        with pytest.raises(DataError) as error:
+            CIFAR10(root=str(root)).prepare_data()
+    message = str(error.value)
+    assert f"{', '.join(fake_files)} not found in {root / BASE} (--data.root)" in message
+    assert "failed" in message
+    assert "name their folder by --data.root or SAM_LIGHTNING_DATA" in message
+    assert everything_in(tmp_path) == (["outer", "outer/root", "outer/root/mine.txt"] if root_exists else ["outer"])
+
+
+def test_an_interrupted_download_leaves_nothing(fake_files, tmp_path, monkeypatch):  # noqa: F811
+    def interrupted(self):
+        (Path(self.root) / "half").write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torchvision.datasets.CIFAR10, "download", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        CIFAR10(root=str(tmp_path / "root")).prepare_data()
+    assert everything_in(tmp_path) == []
+
+
+@pytest.mark.parametrize("name", ["data_batch_3", "test_batch", "batches.meta"])
+@pytest.mark.parametrize("damage", ["truncated", "hostile"])
+def test_a_damaged_file_is_named_kept_and_never_unpickled(fake_cifar10, tmp_path, name, damage):  # noqa: F811
+    path = fake_cifar10 / BASE / name
+    victim = tmp_path / "victim"
+    hostile = b"cposix\nsystem\n(S'touch " + str(victim).encode() + b"'\ntR."
+    path.write_bytes(path.read_bytes()[:-10] if damage == "truncated" else hostile)
+    content = path.read_bytes()
+    data = CIFAR10(root=str(fake_cifar10))
+    for action in (data.prepare_data, lambda: data.setup("fit")):
+        with pytest.raises(DataError, match=rf"{path} is damaged \({len(content)} bytes, MD5 is not"):
+            action()
+    assert path.read_bytes() == content
+    assert not victim.exists()
+
+
+def test_who_names_the_root(monkeypatch, tmp_path):
+    monkeypatch.delenv("SAM_LIGHTNING_DATA", raising=False)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match=rf"not found in {tmp_path}/data/{BASE} \(the default; neither"):
+        CIFAR10(download=False).prepare_data()
+    monkeypatch.setenv("SAM_LIGHTNING_DATA", str(tmp_path / "variable"))
+    with pytest.raises(DataError, match=rf"{tmp_path}/variable/{BASE} \(SAM_LIGHTNING_DATA\)"):
+        CIFAR10(download=False).setup("fit")
+    assert CIFAR10(root="typed").root == Path("typed")
+    assert everything_in(tmp_path) == []
+
+
+def test_a_read_only_root_will_do(fake_cifar10):  # noqa: F811
+    for path in [fake_cifar10, fake_cifar10 / BASE]:
+        path.chmod(0o555)
+    data = CIFAR10(root=str(fake_cifar10))
+    before = everything_in(fake_cifar10)
+    data.prepare_data()
+    data.setup("fit")
+    assert everything_in(fake_cifar10) == before
+    for path in [fake_cifar10, fake_cifar10 / BASE]:
+        path.chmod(0o755)
+
+
+@needs_cifar10
+def test_the_real_cifar10():
+    data = CIFAR10(validation="none", random_crop=False, horizontal_flip=False)
+    data.prepare_data()
+    data.setup("fit")
+    train, test = data._train, data._test
+    assert train.images.shape == (50_000, 3, 32, 32)
+    assert test.images.shape == (10_000, 3, 32, 32)
+    assert train.labels.bincount().tolist() == [5_000] * 10
+    assert test.labels.bincount().tolist() == [1_000] * 10
+    pixels = train.images.double() / 255
+    assert pixels.mean((0, 2, 3)).tolist() == pytest.approx(CIFAR10.mean, abs=5e-5)
+    assert pixels.std((0, 2, 3)).tolist() == pytest.approx(CIFAR10.std, abs=5e-5)
+    image, label = torchvision.datasets.CIFAR10(REAL)[123]
+    assert torch.equal(F.pil_to_tensor(image), train.images[123])
+    assert train.labels[123] == label
