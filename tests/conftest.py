@@ -7,6 +7,8 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 
+from fake_cifar10 import fake_cifar10, fake_files  # noqa: F401  # fixtures, for every test
+
 REPOSITORY = Path(__file__).parents[1]
 
 

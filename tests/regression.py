@@ -10,6 +10,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from sam_lightning import SAM
 from sam_lightning.batch_norm import frozen_running_stats
+from sam_lightning.data.loader import BatchLoader
+from sam_lightning.data.sampler import EpochSampler
 from sam_lightning.module import SharpnessAwareModule
 
 SGD = partial(torch.optim.SGD, lr=0.05, momentum=0.9, weight_decay=1e-3)
@@ -33,6 +35,19 @@ def make_data(samples: int = 64) -> TensorDataset:
 
 def loader(batch_size: int = 8, samples: int = 64, **options) -> DataLoader:
     return DataLoader(make_data(samples), batch_size=batch_size, **options)
+
+
+class Batched(TensorDataset):
+    """Fetched by whole batches."""
+
+    def __getitems__(self, positions):
+        return tuple(tensor[positions] for tensor in self.tensors)
+
+
+def resumable(workers: int = 0) -> BatchLoader:
+    """Shuffled batches of 8 that can be resumed within an epoch."""
+    data = Batched(*make_data().tensors)
+    return BatchLoader(data, 8, EpochSampler(data, seed=5, shuffle=True), num_workers=workers)
 
 
 class Regression(SharpnessAwareModule):

@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 import yaml
-from fake_cifar10 import fake_cifar10  # noqa: F401  # a fixture
 from torch import nn
 
 from sam_lightning.cli import main
@@ -45,7 +44,7 @@ def _in_an_empty_folder(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("arm", ARMS)
-def test_the_papers_arms_train_with_its_values(arm, fake_cifar10):  # noqa: F811
+def test_the_papers_arms_train_with_its_values(arm, fake_cifar10):
     layer, optimizer, more, expected = ARMS[arm]
     cli = run(f"paper/{layer}", ROOT / f"configs/optimizers/{optimizer}.yaml", "--data.root", str(fake_cifar10), *more)
     trained = cli.trainer.optimizers[0]
@@ -78,7 +77,7 @@ def test_the_papers_arms_train_with_its_values(arm, fake_cifar10):  # noqa: F811
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=lambda path: path.stem)
 @pytest.mark.parametrize("data", ["digits", "cifar10"])
-def test_every_optimizer_trains_as_its_file_says(optimizer, data, fake_cifar10):  # noqa: F811
+def test_every_optimizer_trains_as_its_file_says(optimizer, data, fake_cifar10):
     root = ["--data.root", str(fake_cifar10)] if data == "cifar10" else []
     cli = run(f"data/{data}", optimizer, *root)
     block, resolved = yaml.safe_load(optimizer.read_text()), cli.config_dump["model"]["init_args"]["optimizer"]

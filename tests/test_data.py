@@ -8,7 +8,7 @@ import torch
 import torchvision
 from torchvision.transforms import functional as F  # torchvision's own name for it
 
-from fake_cifar10 import BASE, fake_cifar10, fake_files, make_archive, md5, serving  # noqa: F401  # fixtures
+from fake_cifar10 import BASE, make_archive, md5, serving
 from sam_lightning.data import CIFAR10, DataError, Digits
 from sam_lightning.data.augment import CropAndFlip, crop_and_flip
 from sam_lightning.data.images import Images
@@ -165,7 +165,7 @@ def test_normalisation_equals_torchvisions_bit_for_bit(normalisation, mean, std)
         assert torch.equal(got, expected)
 
 
-def test_only_training_is_augmented(fake_cifar10, trainer):  # noqa: F811
+def test_only_training_is_augmented(fake_cifar10, trainer):
     data = module(root=str(fake_cifar10), normalisation="unit")
     data.trainer = trainer()
     batch = next(iter(data.train_dataloader()))
@@ -180,7 +180,7 @@ def test_only_training_is_augmented(fake_cifar10, trainer):  # noqa: F811
 # Splits.
 
 
-def test_the_split_is_stratified_disjoint_and_its_own(fake_cifar10):  # noqa: F811
+def test_the_split_is_stratified_disjoint_and_its_own(fake_cifar10):
     def parts(**options):
         data = module(root=str(fake_cifar10), validation_fraction=0.2, **options)
         kept = torch.cat([batch[2] for batch in data.train_dataloader()])
@@ -196,7 +196,7 @@ def test_the_split_is_stratified_disjoint_and_its_own(fake_cifar10):  # noqa: F8
     assert parts(split_seed=1)[1] != held_out
 
 
-def test_validation_on_the_test_set_or_none(fake_cifar10):  # noqa: F811
+def test_validation_on_the_test_set_or_none(fake_cifar10):
     test = module(root=str(fake_cifar10), validation="test")
     assert sum(len(batch[0]) for batch in test.train_dataloader()) == 100
     for batch, other in zip(test.val_dataloader(), test.test_dataloader(), strict=True):
@@ -255,7 +255,7 @@ def use(monkeypatch, url, archive):
     monkeypatch.setattr(torchvision.datasets.CIFAR10, "tgz_md5", md5(archive))
 
 
-def test_a_download_leaves_the_files_and_nothing_else(fake_files, tmp_path, monkeypatch):  # noqa: F811
+def test_a_download_leaves_the_files_and_nothing_else(fake_files, tmp_path, monkeypatch):
     archive = make_archive(fake_files)
     with serving(archive) as url:
         use(monkeypatch, url, archive)
@@ -267,7 +267,7 @@ def test_a_download_leaves_the_files_and_nothing_else(fake_files, tmp_path, monk
     assert len(data._train) == 100
 
 
-def test_a_download_adds_only_what_is_missing(fake_files, fake_cifar10, monkeypatch):  # noqa: F811
+def test_a_download_adds_only_what_is_missing(fake_files, fake_cifar10, monkeypatch):
     path = fake_cifar10 / BASE / "data_batch_1"
     (fake_cifar10 / BASE / "test_batch").unlink()
     before = path.stat().st_ino
@@ -282,7 +282,7 @@ def test_a_download_adds_only_what_is_missing(fake_files, fake_cifar10, monkeypa
 @pytest.mark.parametrize("fault", ["404", "truncated", "wrong", "refused", "escaping", "incomplete"])
 @pytest.mark.parametrize("root_exists", [False, True])
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # the broken connection's own
-def test_a_failed_download_leaves_nothing(fake_files, tmp_path, monkeypatch, fault, root_exists):  # noqa: F811
+def test_a_failed_download_leaves_nothing(fake_files, tmp_path, monkeypatch, fault, root_exists):
     root = tmp_path / "outer" / "root"
     root.parent.mkdir()
     if root_exists:
@@ -304,7 +304,7 @@ def test_a_failed_download_leaves_nothing(fake_files, tmp_path, monkeypatch, fau
     assert everything_in(tmp_path) == (["outer", "outer/root", "outer/root/mine.txt"] if root_exists else ["outer"])
 
 
-def test_an_interrupted_download_leaves_nothing(fake_files, tmp_path, monkeypatch):  # noqa: F811
+def test_an_interrupted_download_leaves_nothing(fake_files, tmp_path, monkeypatch):
     def interrupted(self):
         (Path(self.root) / "half").write_bytes(b"half")
         raise KeyboardInterrupt
@@ -317,7 +317,7 @@ def test_an_interrupted_download_leaves_nothing(fake_files, tmp_path, monkeypatc
 
 @pytest.mark.parametrize("name", ["data_batch_3", "test_batch", "batches.meta"])
 @pytest.mark.parametrize("damage", ["truncated", "hostile"])
-def test_a_damaged_file_is_named_kept_and_never_unpickled(fake_cifar10, tmp_path, name, damage):  # noqa: F811
+def test_a_damaged_file_is_named_kept_and_never_unpickled(fake_cifar10, tmp_path, name, damage):
     path = fake_cifar10 / BASE / name
     victim = tmp_path / "victim"
     hostile = b"cposix\nsystem\n(S'touch " + str(victim).encode() + b"'\ntR."
@@ -343,7 +343,7 @@ def test_who_names_the_root(monkeypatch, tmp_path):
     assert everything_in(tmp_path) == []
 
 
-def test_a_read_only_root_will_do(fake_cifar10):  # noqa: F811
+def test_a_read_only_root_will_do(fake_cifar10):
     for path in [fake_cifar10, fake_cifar10 / BASE]:
         path.chmod(0o555)
     data = CIFAR10(root=str(fake_cifar10))
