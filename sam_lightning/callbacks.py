@@ -101,12 +101,21 @@ class FinalMetrics(Callback):
         self._write(trainer, pl_module)
 
     def _write(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        metrics = {k: v for k, v in trainer.callback_metrics.items() if k.endswith(("/accuracy", "/loss"))}
+        metrics = {k: v.item() for k, v in trainer.callback_metrics.items() if k.startswith(("val/", "test/"))}
         data = getattr(trainer, "datamodule", None)
         hparams = {**pl_module.hparams_initial, **({"data": dict(data.hparams_initial)} if data else {})}
         for logger in tensorboards(trainer):
             if metrics:
-                logger.log_hyperparams(hparams, {k: v.item() for k, v in metrics.items()}, trainer.global_step)
+                logger.log_hyperparams(_public(hparams), metrics, trainer.global_step)
+
+
+def _public(hparams: dict[str, Any]) -> dict[str, Any]:
+    """Without the entries by which Lightning rebuilds a module."""
+    return {
+        key: _public(value) if isinstance(value, dict) else value
+        for key, value in hparams.items()
+        if not key.startswith("_")
+    }
 
 
 def tensorboards(trainer: Trainer) -> list[TensorBoardLogger]:

@@ -11,6 +11,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import DDPStrategy
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.utils.data import DataLoader, DistributedSampler
 
 from regression import SAM_SGD, SGD, Regression, loader, make_data, make_network, state_of
@@ -42,24 +43,32 @@ class OverflowOnOneRank(Regression):
         return loss + (0 * self.network[0].weight.sum() * math.inf if overflows else 0)
 
 
-class Weights(Callback):
-    """The first layer's weights after every step."""
+class Watch(Callback):
+    """The first layer's weights after every step, and the number of all-reduces."""
 
     def __init__(self):
         self.after = []
+        self.reductions = 0
+
+    def on_train_start(self, trainer, module):
+        def counted(group, bucket):
+            self.reductions += 1
+            return allreduce_hook(group, bucket)
+
+        trainer.strategy.model.register_comm_hook(None, counted)
 
     def on_train_batch_end(self, trainer, module, *_):
         self.after.append(module.network[0].weight.detach().clone())
 
 
 def fit(module, validate=False, **options):
-    weights = Weights()
+    watch = Watch()
     trainer = Trainer(
         accelerator="cpu",
         devices=2,
         strategy=DDPStrategy(process_group_backend="gloo"),
         max_epochs=1,
-        callbacks=[weights],
+        callbacks=[watch],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -74,7 +83,8 @@ def fit(module, validate=False, **options):
     return {
         "state": state_of(module),
         "steps": trainer.global_step,
-        "after": weights.after,
+        "reductions": watch.reductions,
+        "after": watch.after,
         "optimizer": optimizer,
     }
 

@@ -41,7 +41,7 @@ def test_final_metrics_reach_the_hyperparameters_page(trainer, tmp_path):
             self.log("test/loss", self.loss(batch))
 
     module = Tested()
-    module.save_hyperparameters({"rho": 0.1, "nested": {"lr": 0.05}})
+    module.save_hyperparameters({"rho": 0.1, "nested": {"lr": 0.05}, "_instantiator": "x"})
     logger = TensorBoardLogger(tmp_path, name="", version="", default_hp_metric=False)
     trainer(logger=logger, callbacks=[FinalMetrics()]).test(module, loader(), verbose=False)
     logger.finalize("success")
@@ -49,6 +49,7 @@ def test_final_metrics_reach_the_hyperparameters_page(trainer, tmp_path):
     plugin = events(tmp_path).summary_metadata["_hparams_/session_start_info"].plugin_data.content
     assert b"rho" in plugin
     assert b"nested/lr" in plugin
+    assert b"_instantiator" not in plugin
 
 
 def test_random_states_round_trip_through_a_safe_checkpoint(trainer, tmp_path):

@@ -2,10 +2,13 @@
 
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torchvision
+from lightning.pytorch import LightningModule
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torchvision.transforms import functional as F  # torchvision's own name for it
 
 from fake_cifar10 import BASE, make_archive, md5, serving
@@ -46,7 +49,7 @@ def test_the_order_is_a_pure_function_of_seed_and_epoch():
     torch.manual_seed(2)
     assert order(20, 10) == a
     assert sorted(a) == list(range(103))
-    others = [order(30, 0), order(20, 11), order(21, 10), order(10, 20)]
+    others = [order(30, 0), order(20, 11), order(21, 10), order(10, 20), order(20 + (10 << 32), 0)]
     for other in others:  # seed + epoch would make some of them equal; random ones share 1 place on average
         assert sum(x == y for x, y in zip(a, other, strict=True)) < 10
 
@@ -60,6 +63,23 @@ def test_the_ranks_together_see_the_single_process_batches(count, world):
     together = [sample for step in zip(*ranks, strict=True) for sample in step]
     assert together[:count] == whole
     assert set(together[count:]) <= set(whole)
+
+
+def test_two_ranks_batches_together_are_the_single_process_batch(fake_cifar10):
+    def batches(batch_size, kwargs):
+        data = module(root=str(fake_cifar10), batch_size=batch_size, validation="none")
+        data.trainer = SimpleNamespace(
+            overfit_batches=0,
+            distributed_sampler_kwargs=kwargs,
+            fit_loop=SimpleNamespace(epoch_progress=SimpleNamespace(current=SimpleNamespace(processed=4))),
+            strategy=SimpleNamespace(root_device=torch.device("cpu")),
+        )
+        loader = data.train_dataloader()
+        assert loader.sampler.epoch == 4  # as a run resumed behind four epochs needs it
+        return [set(batch[2].tolist()) for batch in loader]
+
+    ranks = [batches(5, {"num_replicas": 2, "rank": rank}) for rank in range(2)]
+    assert [a | b for a, b in zip(*ranks, strict=True)] == batches(10, None)
 
 
 def test_evaluation_counts_every_sample_once():
@@ -80,9 +100,8 @@ class Recording(Images):
         return super().__getitems__(positions)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("drop_last", [False, True])
-@pytest.mark.parametrize("stop", [0, 1, 4, 10, 11])
+@pytest.mark.parametrize(("workers", "stop"), [(0, 0), (0, 1), (0, 4), (0, 10), (0, 11), (2, 4), (2, 11)])
 def test_a_resumed_loader_goes_on_where_it_was(workers, drop_last, stop):
     def make():
         data = Recording(images())
@@ -114,6 +133,75 @@ def test_a_resumed_loader_goes_on_where_it_was(workers, drop_last, stop):
         assert rest == whole[stop:]
         assert again == whole
         assert workers or len(data.read) == len(whole) - stop + len(whole)  # skipped batches are not read
+
+
+def test_a_position_belongs_to_its_epoch():
+    def make():
+        return BatchLoader(images(), 10, EpochSampler(images(), 1, shuffle=True))
+
+    loader = make()
+    list(loader)
+    assert loader.state_dict() == {"epoch": 0, "batches": 11}
+    loader.sampler.set_epoch(1)  # as Lightning does before the first batch
+    assert loader.state_dict() == {"epoch": 1, "batches": 0}
+    loader.load_state_dict({"epoch": 2, "batches": 3})
+    assert loader.state_dict() == {"epoch": 2, "batches": 3}
+    loader.sampler.set_epoch(5)
+    assert len(list(loader)) == 11
+
+
+class Watching(LightningModule):
+    """Keeps every batch that it is given."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(()))
+        self.trained, self.validated = [], []
+
+    def training_step(self, batch, batch_idx):
+        self.trained.append((self.current_epoch, batch_idx, batch[0].clone()))
+        return self.weight * batch[0].mean()
+
+    def validation_step(self, batch, batch_idx):
+        self.validated.append(batch[0].clone())
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.filterwarnings("ignore:You are resuming from a checkpoint that ended before the epoch ended")  # exact here
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")  # the resumed run's own
+def test_a_resumed_run_sees_the_same_augmented_batches(fake_cifar10, trainer, tmp_path, workers):
+    def fit(ckpt_path=None):
+        model, data = Watching(), CIFAR10(str(fake_cifar10), batch_size=16, seed=3, num_workers=workers)
+        savers = [
+            ModelCheckpoint(tmp_path / "ckpt", filename="{step}", every_n_train_steps=4, save_top_k=-1),
+            ModelCheckpoint(tmp_path / "ckpt", filename="end-{step}", save_top_k=-1, save_on_train_epoch_end=True),
+        ]
+        run = trainer(max_epochs=3, callbacks=savers, enable_checkpointing=True)
+        run.fit(model, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
+        held_out = data.normalise(data._val.images)
+        assert all(torch.equal(batch, held_out) for batch in model.validated)  # one batch of 10, never augmented
+        return model.trained
+
+    whole = fit()
+    assert len(whole) == 18
+    assert not torch.equal(whole[0][2], whole[6][2])
+    for name, done in [("step=4", 4), ("end-step=6", 6), ("step=8", 8), ("end-step=12", 12), ("step=16", 16)]:
+        rest = fit(tmp_path / "ckpt" / f"{name}.ckpt")
+        assert [step[:2] for step in rest] == [step[:2] for step in whole[done:]]
+        assert all(torch.equal(a[2], b[2]) for a, b in zip(rest, whole[done:], strict=True))
+
+
+def test_lightnings_own_samplers_fit_in(trainer):
+    data, model = Digits(batch_size=50), Watching()
+    trainer(overfit_batches=2, max_epochs=2).fit(model, datamodule=data)
+    assert [step[:2] for step in model.trained] == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    assert torch.equal(model.trained[0][2], model.trained[2][2])
+    model.predict_step = lambda batch, batch_idx: batch[0]
+    predicted = trainer().predict(model, datamodule=data)
+    assert torch.equal(torch.cat(predicted), data.normalise(data._test.images))
 
 
 # Preparation.
@@ -177,6 +265,30 @@ def test_only_training_is_augmented(fake_cifar10, trainer):
     assert torch.equal(data.on_after_batch_transfer(batch, 0)[0], batch[0] / 255)
 
 
+@pytest.mark.parametrize(
+    ("precision", "dtype"),
+    [("32-true", torch.float32), ("64-true", torch.float64), ("bf16-true", torch.bfloat16)],
+)
+def test_images_come_in_the_type_of_the_weights(fake_cifar10, trainer, precision, dtype):
+    data = module(root=str(fake_cifar10))
+    data.trainer = trainer(precision=precision)
+    batch = next(iter(data.val_dataloader()))
+    got, labels = data.on_after_batch_transfer(batch, 0)
+    assert got.dtype == dtype
+    assert labels.dtype == torch.int64
+    assert torch.equal(got, data.normalise(batch[0]).to(dtype))
+
+
+def test_memory_is_pinned_only_for_a_gpu_in_use(fake_cifar10, trainer, monkeypatch):
+    data = module(root=str(fake_cifar10))
+    data.trainer = trainer()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # there, and not used by this run
+    loaders = [data.train_dataloader(), data.val_dataloader(), data.test_dataloader(), data.predict_dataloader()]
+    assert not any(loader.pin_memory for loader in loaders)
+    monkeypatch.setattr(type(data.trainer.strategy), "root_device", torch.device("cuda"))
+    assert data.train_dataloader().pin_memory
+
+
 # Splits.
 
 
@@ -231,7 +343,7 @@ def test_the_seed_is_that_of_seed_everything(monkeypatch):
     ("option", "value", "allowed"),
     [
         ("batch_size", 0, "an integer >= 1"),
-        ("eval_batch_size", -1, "an integer >= 1"),
+        ("eval_batch_size", 0, "an integer >= 1"),
         ("validation_fraction", 1.0, r"in \(0, 1\)"),
         ("validation", "some", r"one of \('split', 'test', 'none'\)"),
         ("normalisation", "full", r"one of \('unit', 'half', 'standard'\)"),
@@ -283,8 +395,8 @@ def test_a_download_adds_only_what_is_missing(fake_files, fake_cifar10, monkeypa
 @pytest.mark.parametrize("root_exists", [False, True])
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # the broken connection's own
 def test_a_failed_download_leaves_nothing(fake_files, tmp_path, monkeypatch, fault, root_exists):
-    root = tmp_path / "outer" / "root"
-    root.parent.mkdir()
+    root = tmp_path / "outer" / "root" if root_exists else tmp_path / "outer" / "new" / "root"
+    (tmp_path / "outer").mkdir()
     if root_exists:
         root.mkdir()
         (root / "mine.txt").write_text("kept")
@@ -300,7 +412,7 @@ def test_a_failed_download_leaves_nothing(fake_files, tmp_path, monkeypatch, fau
     message = str(error.value)
     assert f"{', '.join(fake_files)} not found in {root / BASE} (--data.root)" in message
     assert "failed" in message
-    assert "name their folder by --data.root or SAM_LIGHTNING_DATA" in message
+    assert "name another folder by --data.root or SAM_LIGHTNING_DATA" in message
     assert everything_in(tmp_path) == (["outer", "outer/root", "outer/root/mine.txt"] if root_exists else ["outer"])
 
 
@@ -315,6 +427,37 @@ def test_an_interrupted_download_leaves_nothing(fake_files, tmp_path, monkeypatc
     assert everything_in(tmp_path) == []
 
 
+@pytest.mark.parametrize("faster", ["complete", "partial"])
+def test_a_download_gives_way_to_a_faster_one(fake_files, tmp_path, monkeypatch, faster):
+    def download(self):
+        for folder in (Path(self.root) / BASE, tmp_path / BASE):
+            folder.mkdir()
+            for name in list(fake_files)[: 2 if faster == "partial" and folder.parent == tmp_path else None]:
+                (folder / name).write_bytes(fake_files[name])
+
+    monkeypatch.setattr(torchvision.datasets.CIFAR10, "download", download)
+    data = CIFAR10(root=str(tmp_path))
+    data.prepare_data()
+    assert everything_in(tmp_path) == sorted([BASE, *(f"{BASE}/{name}" for name in fake_files)])
+    data.setup("fit")
+
+
+def test_a_root_that_cannot_be_written_says_so(fake_files, tmp_path):
+    (tmp_path / "file").write_text("kept")  # no folder can be made in here, whoever asks
+    with pytest.raises(DataError, match=r"Nothing can be written there .*Make the folder writable, or name another"):
+        CIFAR10(root=str(tmp_path / "file" / "root")).prepare_data()
+    assert everything_in(tmp_path) == ["file"]
+
+
+def test_a_file_that_cannot_be_read_is_named(fake_cifar10, monkeypatch):
+    def refuse(path, md5):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("sam_lightning.data.cifar10.check_integrity", refuse)
+    with pytest.raises(DataError, match=r"data_batch_1 \(folder from --data.root\) cannot be read: .*Permission"):
+        CIFAR10(root=str(fake_cifar10)).setup("fit")
+
+
 @pytest.mark.parametrize("name", ["data_batch_3", "test_batch", "batches.meta"])
 @pytest.mark.parametrize("damage", ["truncated", "hostile"])
 def test_a_damaged_file_is_named_kept_and_never_unpickled(fake_cifar10, tmp_path, name, damage):
@@ -325,21 +468,24 @@ def test_a_damaged_file_is_named_kept_and_never_unpickled(fake_cifar10, tmp_path
     content = path.read_bytes()
     data = CIFAR10(root=str(fake_cifar10))
     for action in (data.prepare_data, lambda: data.setup("fit")):
-        with pytest.raises(DataError, match=rf"{path} is damaged \({len(content)} bytes, MD5 is not"):
+        message = rf"{path} \(folder from --data.root\) is damaged \({len(content)} bytes, MD5 is not .* Delete it or"
+        with pytest.raises(DataError, match=message):
             action()
     assert path.read_bytes() == content
     assert not victim.exists()
 
 
 def test_who_names_the_root(monkeypatch, tmp_path):
-    monkeypatch.delenv("SAM_LIGHTNING_DATA", raising=False)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(DataError, match=rf"not found in {tmp_path}/data/{BASE} \(the default; neither"):
-        CIFAR10(download=False).prepare_data()
-    monkeypatch.setenv("SAM_LIGHTNING_DATA", str(tmp_path / "variable"))
-    with pytest.raises(DataError, match=rf"{tmp_path}/variable/{BASE} \(SAM_LIGHTNING_DATA\)"):
-        CIFAR10(download=False).setup("fit")
-    assert CIFAR10(root="typed").root == Path("typed")
+    with monkeypatch.context() as patch:  # undone before the check for leaks
+        patch.delenv("SAM_LIGHTNING_DATA", raising=False)
+        with pytest.raises(DataError, match=rf"not found in {tmp_path}/data/{BASE} \(the default; neither"):
+            CIFAR10(download=False).prepare_data()
+        patch.setenv("SAM_LIGHTNING_DATA", str(tmp_path / "variable"))
+        with pytest.raises(DataError, match=rf"{tmp_path}/variable/{BASE} \(SAM_LIGHTNING_DATA\)"):
+            CIFAR10(download=False).setup("fit")
+        assert CIFAR10(root="typed").root == Path("typed")
+        assert CIFAR10(root="~/typed").root == Path.home() / "typed"
     assert everything_in(tmp_path) == []
 
 

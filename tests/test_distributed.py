@@ -81,6 +81,13 @@ def test_ranks_hold_the_same_weights_and_optimizer_state(ranks, case):
         assert torch.equal(state["momentum_buffer"], ranks[1][case]["optimizer"][index]["momentum_buffer"])
 
 
+@pytest.mark.parametrize(
+    ("case", "per_step"), [("sgd", 1), ("local", 1), ("local-accumulate", 1), ("sync", 2), ("sync-accumulate", 2)]
+)
+def test_gradients_are_averaged_once_per_synchronised_pass(ranks, case, per_step):
+    assert ranks[0][case]["reductions"] == per_step * ranks[0][case]["steps"]  # of one bucket
+
+
 def test_ranks_validate_with_the_same_running_statistics(ranks):
     assert_same(ranks[0]["norm"]["validated"], ranks[1]["norm"]["validated"])
     assert ranks[0]["norm"]["validated"]["network.1.running_mean"].abs().sum() > 0

@@ -1,6 +1,7 @@
 """SharpnessAwareModule under a real Trainer: the step, its bookkeeping, precision, faults and resume."""
 
 import math
+from collections import defaultdict
 from functools import partial
 
 import pytest
@@ -17,7 +18,7 @@ ASAM_SGD = partial(ASAM, base=SGD, rho=0.5)
 
 
 class Recorder(Callback):
-    """Keeps what was logged and which learning rates were used."""
+    """Keeps the learning rates and states after every step."""
 
     def __init__(self):
         self.rates, self.states = [], []
@@ -234,10 +235,15 @@ def test_an_error_in_the_second_pass_leaves_the_weights(trainer, error):
 def test_resume_is_bit_identical(trainer, tmp_path, factory, workers, stop):
     """Momentum, dropout, order, running statistics, schedule and the epoch's mean loss, from a fresh module."""
 
+    class Recording(Regression):
+        def on_train_epoch_end(self):
+            super().on_train_epoch_end()
+            means[self].append(self.trainer.callback_metrics["train/loss_epoch"].item())
+
+    means = defaultdict(list)
+
     def fit(folder, ckpt_path=None):
-        module = Regression(
-            factory, network=make_network(dropout=0.3), lr_scheduler=partial(CosineAnnealingLR, T_max=3)
-        )
+        module = Recording(factory, network=make_network(dropout=0.3), lr_scheduler=partial(CosineAnnealingLR, T_max=3))
         by_step = ModelCheckpoint(tmp_path / folder, every_n_train_steps=stop, filename="{step}", save_top_k=-1)
         by_epoch = ModelCheckpoint(
             tmp_path / folder, filename="end-{step}", save_top_k=-1, save_on_train_epoch_end=True
@@ -262,5 +268,6 @@ def test_resume_is_bit_identical(trainer, tmp_path, factory, workers, stop):
     assert (
         run.lr_scheduler_configs[0].scheduler.state_dict() == undisturbed.lr_scheduler_configs[0].scheduler.state_dict()
     )
+    assert means[resumed] == means[straight][stop // 8 :]
     for key, value in undisturbed.callback_metrics.items():
         assert run.callback_metrics[key] == value, key

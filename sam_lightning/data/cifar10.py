@@ -1,23 +1,26 @@
 """CIFAR-10 through torchvision, held in memory."""
 
 import os
-import shutil
 import tarfile
-import tempfile
+from contextlib import suppress
+from http.client import HTTPException
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 import torchvision
 from torchvision.datasets.utils import check_integrity
 
 from sam_lightning.data.augment import CropAndFlip
-from sam_lightning.data.images import ImageData, Images, Normalisation, Validation
+from sam_lightning.data.images import ImageData, Images, Validation
+from sam_lightning.data.normalise import Normalisation
 
 VARIABLE = "SAM_LIGHTNING_DATA"
+ELSEWHERE = f"name another folder by --data.root or {VARIABLE}"
 
 
 class DataError(RuntimeError):
-    """Data that are missing, damaged, or cannot be downloaded."""
+    """Data that are missing, damaged, unreadable, or cannot be downloaded."""
 
 
 class CIFAR10(ImageData):
@@ -40,7 +43,8 @@ class CIFAR10(ImageData):
         drop_last: Whether an incomplete last training batch is left out.
 
     Raises:
-        DataError: If the data are neither there nor downloadable, or a file is damaged.
+        DataError: If the data are neither there nor downloadable, or a file is damaged or unreadable.
+        ValueError: See `ImageData`.
 
     Reference:
         A. Krizhevsky. Learning Multiple Layers of Features from Tiny Images. 2009.
@@ -48,7 +52,7 @@ class CIFAR10(ImageData):
 
     num_classes = 10
     largest = 255.0
-    mean = (0.4914, 0.4822, 0.4465)  # of the 50,000 training images
+    mean = (0.4914, 0.4822, 0.4465)  # both computed over all pixels of the 50,000 training images
     std = (0.2470, 0.2435, 0.2616)
 
     def __init__(
@@ -88,15 +92,13 @@ class CIFAR10(ImageData):
         """Downloads what is missing; a damaged file is reported and left alone."""
         if missing := self._missing():
             if not self.download:
-                raise DataError(
-                    self._absent(missing) + " Put the data there, name their folder, or allow --data.download."
-                )
+                raise DataError(f"{self._absent(missing)} Put the data there, {ELSEWHERE}, or allow --data.download.")
             self._fetch(missing)
 
     def load(self) -> tuple[Images, Images]:
         """Training and test images."""
         if missing := self._missing():
-            raise DataError(self._absent(missing) + " Put the data there, or name their folder by --data.root.")
+            raise DataError(f"{self._absent(missing)} Put the data there, or {ELSEWHERE}.")
         parts = []
         for train in (True, False):
             part = torchvision.datasets.CIFAR10(self.root, train=train)
@@ -114,13 +116,17 @@ class CIFAR10(ImageData):
         missing = []
         for name, md5 in [*cls.train_list, *cls.test_list, [cls.meta["filename"], cls.meta["md5"]]]:
             path = self._folder / name
-            if not path.is_file():
-                missing.append(name)
-            elif not check_integrity(path, md5):
-                raise DataError(
-                    f"CIFAR-10: {path.resolve()} is damaged ({path.stat().st_size} bytes, MD5 is not {md5}). "
-                    "Delete it, or move it away, and run again: it is then downloaded anew."
-                )
+            where = f"CIFAR-10: {path.resolve()} (folder from {self._named_by})"
+            try:
+                if not path.is_file():
+                    missing.append(name)
+                elif not check_integrity(path, md5):
+                    raise DataError(
+                        f"{where} is damaged ({path.stat().st_size} bytes, MD5 is not {md5}). Delete it or move it "
+                        "away, and run again with --data.download true (the default)."
+                    )
+            except OSError as error:
+                raise DataError(f"{where} cannot be read: {error}. Make it readable, or {ELSEWHERE}.") from error
         return missing
 
     @property
@@ -132,32 +138,46 @@ class CIFAR10(ImageData):
         return f"CIFAR-10: {', '.join(missing)} not found in {self._folder.resolve()} ({self._named_by})."
 
     def _fetch(self, missing: list[str]) -> None:
-        """Downloads and unpacks beside the target, and moves each finished file into place."""
-        new_root = not self.root.exists()
-        beside = None
+        """Downloads and unpacks into a folder beside the target, and moves what is complete into place."""
+        created = [folder for folder in (self.root, *self.root.parents) if not folder.exists()]  # deepest first
         try:
-            self.root.mkdir(parents=True, exist_ok=True)
-            beside = Path(tempfile.mkdtemp(prefix=".cifar10-", dir=self.root))
-            torchvision.datasets.CIFAR10(beside, download=True)
-            self._folder.mkdir(exist_ok=True)
-            for name in missing:
-                os.replace(beside / self._folder.name / name, self._folder / name)
-        except (OSError, RuntimeError, EOFError, tarfile.TarError) as error:
-            raise DataError(
-                f"{self._absent(missing)} The download from {torchvision.datasets.CIFAR10.url} failed: {error}. "
-                f"Put the data there, or name their folder by --data.root or {VARIABLE}."
-            ) from error
+            try:
+                self.root.mkdir(parents=True, exist_ok=True)
+                beside = TemporaryDirectory(prefix=".cifar10-", dir=self.root, ignore_cleanup_errors=True)
+            except OSError as error:
+                raise DataError(
+                    f"{self._absent(missing)} Nothing can be written there to download them: {error}. "
+                    f"Make the folder writable, or {ELSEWHERE}."
+                ) from error
+            with beside:
+                try:
+                    torchvision.datasets.CIFAR10(beside.name, download=True)
+                    self._move(Path(beside.name), missing)
+                # tarfile: what the archive holds; http: what the server says.
+                except (OSError, RuntimeError, EOFError, tarfile.TarError, HTTPException) as error:
+                    url = torchvision.datasets.CIFAR10.url
+                    raise DataError(
+                        f"{self._absent(missing)} The download from {url} failed: {error}. "
+                        f"Put the data there, or {ELSEWHERE}."
+                    ) from error
         finally:
-            if beside is not None:
-                shutil.rmtree(beside, ignore_errors=True)
-            if new_root and self.root.is_dir() and not any(self.root.iterdir()):
-                self.root.rmdir()
+            for folder in created:
+                with suppress(OSError):
+                    folder.rmdir()  # refuses where anything is inside
+
+    def _move(self, beside: Path, missing: list[str]) -> None:
+        unpacked = beside / self._folder.name
+        try:
+            unpacked.rename(self._folder)  # all or nothing
+        except OSError:  # there is such a folder: some files were there, or another process was faster
+            for name in missing:
+                os.replace(unpacked / name, self._folder / name)
 
 
 def _find_root(root: str | None) -> tuple[Path, str]:
     """The folder of the data, and who named it."""
     if root is not None:
-        return Path(root), "--data.root"
+        return Path(root).expanduser(), "--data.root"
     if os.environ.get(VARIABLE):
-        return Path(os.environ[VARIABLE]), VARIABLE
+        return Path(os.environ[VARIABLE]).expanduser(), VARIABLE
     return Path("data"), f"the default; neither --data.root nor {VARIABLE} is set"

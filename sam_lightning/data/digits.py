@@ -5,7 +5,8 @@ import torch
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
-from sam_lightning.data.images import ImageData, Images, Normalisation, Validation
+from sam_lightning.data.images import ImageData, Images, Validation
+from sam_lightning.data.normalise import Normalisation
 
 
 class Digits(ImageData):

@@ -13,11 +13,11 @@ from torch.utils.data import DataLoader, Dataset
 
 from sam_lightning.data.augment import CropAndFlip
 from sam_lightning.data.loader import BatchLoader, finished_batch
+from sam_lightning.data.normalise import Normalisation, Normalise
 from sam_lightning.data.sampler import EpochSampler
 
 Batch: TypeAlias = tuple[Tensor, Tensor, Tensor]  # uint8 images (B, C, H, W), labels (B,), sample numbers (B,)
 Validation: TypeAlias = Literal["split", "test", "none"]
-Normalisation: TypeAlias = Literal["unit", "half", "standard"]
 
 
 class Images(Dataset[Batch]):
@@ -49,8 +49,7 @@ class Images(Dataset[Batch]):
 class ImageData(LightningDataModule, ABC):
     """Images for classification, prepared on the device for a whole batch at once.
 
-    The order of training is a pure function of (seed, epoch). Normalisation: `unit` x in [0, 1]; `half`
-    (x - 0.5) / 0.5; `standard` (x - mean) / std per channel, with the constants of the training set.
+    Training batches arrive in an order, and are augmented, as a pure function of (seed, epoch).
 
     Args:
         batch_size: Samples per step and process.
@@ -58,11 +57,15 @@ class ImageData(LightningDataModule, ABC):
             set (which then chooses the epoch: for reproductions that did), `none` does not validate.
         validation_fraction: Size of that part, in (0, 1).
         split_seed: Seed of the split alone; runs with different seeds share their validation set.
-        normalisation: unit, half or standard.
+        normalisation: `unit` x in [0, 1]; `half` (x - 0.5) / 0.5; `standard` (x - mean) / std per channel,
+            with the constants of the training set.
         seed: Seed of order and augmentation; `None`: the seed of `seed_everything`, else 0.
         num_workers: Worker processes; data in memory need none.
         eval_batch_size: Samples per evaluation batch; `None`: `batch_size`.
         drop_last: Whether training leaves out an incomplete last batch.
+
+    Raises:
+        ValueError: If a value is outside what is allowed.
     """
 
     num_classes: ClassVar[int]
@@ -91,7 +94,7 @@ class ImageData(LightningDataModule, ABC):
                 raise ValueError(f"{name} must be one of {allowed}, got {value!r}.")
         for name, number, least in (
             ("batch_size", batch_size, 1),
-            ("eval_batch_size", eval_batch_size or batch_size, 1),
+            ("eval_batch_size", batch_size if eval_batch_size is None else eval_batch_size, 1),
             ("num_workers", num_workers, 0),
             ("seed", seed or 0, 0),
             ("split_seed", split_seed, 0),
@@ -107,10 +110,10 @@ class ImageData(LightningDataModule, ABC):
         self.normalisation = normalisation
         self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed
         self.num_workers = num_workers
-        self.eval_batch_size = eval_batch_size or batch_size
+        self.eval_batch_size = batch_size if eval_batch_size is None else eval_batch_size
         self.drop_last = drop_last
         self._train: Images | None = None
-        self._constants: dict[torch.device, tuple[Tensor, Tensor]] = {}
+        self.normalise = Normalise(normalisation, self.largest, self.mean, self.std)
 
     @abstractmethod
     def load(self) -> tuple[Images, Images]:
@@ -140,16 +143,24 @@ class ImageData(LightningDataModule, ABC):
             self._val = self._test
         self._train = train
 
-    def train_dataloader(self) -> BatchLoader:
+    def train_dataloader(self) -> DataLoader[Batch]:
         """Batches in the order of (seed, epoch), resumable within an epoch."""
-        assert self._train is not None
+        if self._train is None:
+            raise RuntimeError("no data: call setup() before train_dataloader().")
+        sampler = EpochSampler(self._train, self.seed, shuffle=True, **self._share())
+        if self.trainer is not None:
+            if self.trainer.overfit_batches > 0:  # type: ignore[attr-defined]  # Trainer sets it by name
+                return self._plain_loader(self._train, self.batch_size)  # Lightning takes the first ones each time
+            # In a run resumed at an epoch's end Lightning loads no state into the loader.
+            progress = self.trainer.fit_loop.epoch_progress.current
+            sampler.set_epoch(progress.processed)  # type: ignore[attr-defined]  # annotated as its base class
         return BatchLoader(
             self._train,
             self.batch_size,
-            EpochSampler(self._train, self.seed, shuffle=True, **self._share()),
+            sampler,
             num_workers=self.num_workers,
             drop_last=self.drop_last,
-            pin_memory=torch.cuda.is_available(),
+            pin_memory=self._uses_cuda(),
         )
 
     def val_dataloader(self) -> DataLoader[Batch] | list[DataLoader[Batch]]:
@@ -162,8 +173,7 @@ class ImageData(LightningDataModule, ABC):
 
     def predict_dataloader(self) -> DataLoader[Batch]:
         """The test images, in their order."""
-        # Without a sampler of ours: Lightning has its own for predictions.
-        return DataLoader(self._test, batch_size=self.eval_batch_size, collate_fn=finished_batch)
+        return self._plain_loader(self._test, self.eval_batch_size)  # Lightning has its own sampler for predictions
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> tuple[Tensor, Tensor]:
         """Augments (in training only), normalises, and gives (images, labels)."""
@@ -174,31 +184,25 @@ class ImageData(LightningDataModule, ABC):
         images = self.normalise(images)
         return trainer.precision_plugin.convert_input(images) if trainer is not None else images, labels
 
-    def normalise(self, images: Tensor) -> Tensor:
-        """uint8 images (B, C, H, W) as normalised float32, in the arithmetic of torchvision's transforms."""
-        images = images.to(torch.float32).div_(self.largest)
-        if self.normalisation == "unit":
-            return images
-        if images.device not in self._constants:
-            mean, std = (self.mean, self.std) if self.normalisation == "standard" else ((0.5,), (0.5,))
-            shape = (-1, 1, 1)
-            device = images.device
-            self._constants[device] = (
-                torch.tensor(mean, device=device).view(shape),
-                torch.tensor(std, device=device).view(shape),
-            )
-        means, stds = self._constants[images.device]
-        return images.sub_(means).div_(stds)
-
     def _eval_loader(self, images: Images) -> DataLoader[Batch]:
+        share = self._share()
+        # One process takes them as they are: torch's sequential sampler, which Lightning knows as unshuffled.
+        sampler = EpochSampler(images, self.seed, shuffle=False, **share) if share else None
+        return self._plain_loader(images, self.eval_batch_size, sampler)
+
+    def _plain_loader(self, images: Images, batch_size: int, sampler: EpochSampler | None = None) -> DataLoader[Batch]:
+        """In the images' own order; with no sampler where Lightning puts its own."""
         return DataLoader(
             images,
-            self.eval_batch_size,
-            sampler=EpochSampler(images, self.seed, shuffle=False, **self._share()),
+            batch_size=batch_size,  # by name: Lightning makes such a loader anew from its names
+            sampler=sampler,
             collate_fn=finished_batch,
             generator=torch.Generator(),
-            pin_memory=torch.cuda.is_available(),
+            pin_memory=self._uses_cuda(),
         )
+
+    def _uses_cuda(self) -> bool:
+        return self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
 
     def _share(self) -> dict[str, int]:
         """This process's part of the data."""

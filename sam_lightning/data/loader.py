@@ -45,28 +45,34 @@ class BatchLoader(DataLoader[Any]):
             generator=torch.Generator(),  # else making the iterator draws from the global random state
         )
         self._epoch_sampler = sampler
-        self._resume_at = 0
-        self._position = 0
+        self._epoch = sampler.epoch  # the epoch that the position belongs to
+        self._position = 0  # batches of it handed out
+        self._resumes = False
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]  # torch names its own iterator class
-        # A generator: nothing is fetched before the first batch is asked for, when the epoch is known.
-        self._position, self._resume_at = self._resume_at, 0
+        # A generator: nothing is fetched before the first batch is asked for. Lightning makes the iterator
+        # before it sets the epoch; worker processes would by then have fetched in the order of the old one.
+        epoch = self._epoch_sampler.epoch
+        if not (self._resumes and self._epoch == epoch):
+            self._epoch, self._position = epoch, 0
+        self._resumes = False
+        self._epoch_sampler.skip = self._position * (self.batch_size or 1)
         for batch in super().__iter__():
             self._position += 1
             yield batch
 
     def state_dict(self) -> dict[str, int]:
         """The epoch, and how many of its batches have been handed out."""
-        return {"epoch": self._epoch_sampler.epoch, "batches": self._position}
+        epoch = self._epoch_sampler.epoch
+        return {"epoch": epoch, "batches": self._position if epoch == self._epoch else 0}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """The next iteration goes on behind the batches of the state."""
+        """The next iteration goes on behind the batches of the state; behind the last one, with the next epoch."""
         epoch, batches = state_dict["epoch"], state_dict["batches"]
         if batches >= len(self):
             epoch, batches = epoch + 1, 0
         self._epoch_sampler.set_epoch(epoch)
-        self._epoch_sampler.skip = batches * (self.batch_size or 1)
-        self._resume_at = batches
+        self._epoch, self._position, self._resumes = epoch, batches, True
 
 
 def finished_batch(batch: Any) -> Any:

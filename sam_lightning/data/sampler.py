@@ -11,8 +11,9 @@ ORDER, AUGMENTATION = 0, 1  # independent random streams of one (seed, epoch)
 
 
 def generator_of(seed: int, epoch: int, stream: int) -> torch.Generator:
-    """A generator seeded by all three: unlike seed + epoch, no two combinations share a sequence."""
-    state = np.random.SeedSequence([seed, epoch, stream]).generate_state(1, np.uint64)
+    """A generator on the CPU seeded by a hash of all three: seed + epoch would make (20, 10) and (30, 0) the same."""
+    # As a spawn key: in one flat list a seed of 2**32 and more would spill over into the epoch.
+    state = np.random.SeedSequence(seed, spawn_key=(epoch, stream)).generate_state(1, np.uint64)
     return torch.Generator().manual_seed(int(state[0]))
 
 

@@ -1,0 +1,81 @@
+"""ImageClassifier: its loss, its metrics against whole-set computations, and what it logs."""
+
+from functools import partial
+
+import pytest
+import torch
+from lightning.pytorch.loggers import TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from sam_lightning import SAM
+from sam_lightning.classifier import ImageClassifier
+from sam_lightning.data import Digits
+from sam_lightning.networks import digits_cnn
+
+OPTIMIZER = partial(SAM, base=partial(torch.optim.SGD, lr=0.1, momentum=0.9), rho=0.05)
+
+
+def make(**options):
+    torch.manual_seed(0)
+    return ImageClassifier(digits_cnn(width=8), OPTIMIZER, **options)
+
+
+def test_metrics_are_those_of_the_whole_set(trainer):
+    data, module = Digits(batch_size=50), make()  # 360 test images: the last batch has 10
+    (result,) = trainer().test(module, data, verbose=False)
+    with torch.no_grad():
+        logits = module.eval()(data.normalise(data._test.images))
+    expected = torch.nn.functional.cross_entropy(logits, data._test.labels)
+    assert result["test/loss"] == pytest.approx(expected.item(), rel=1e-5)
+    assert result["test/accuracy"] == pytest.approx((logits.argmax(1) == data._test.labels).double().mean().item())
+
+
+def test_label_smoothing_is_for_training_only():
+    module = make(label_smoothing=0.2)
+    x, y = torch.randn(6, 1, 8, 8), torch.arange(6)
+    log_p = module(x).log_softmax(1)
+    target = torch.full((6, 10), 0.2 / 10)
+    target[torch.arange(6), y] += 0.8
+    torch.testing.assert_close(module.loss((x, y)), -(target * log_p).sum(1).mean())
+    module._evaluate((x, y))
+    torch.testing.assert_close(module.eval_loss.compute(), -log_p[torch.arange(6), y].mean())
+
+
+def test_training_learns_and_logs_by_name(trainer, tmp_path):
+    logger = TensorBoardLogger(tmp_path, name="", version="")
+    run = trainer(max_epochs=3, logger=logger, log_every_n_steps=7)
+    run.fit(make(), Digits(seed=1))
+    assert run.callback_metrics["val/accuracy"] > 0.9
+    events = EventAccumulator(str(tmp_path)).Reload()
+    steps = {tag: [event.step for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    every_seventh = list(range(6, 63, 7))  # 3 epochs of 21 steps; Lightning counts from 0
+    for tag in ("train/loss", "train/loss_perturbed", "train/grad_norm", "lr"):
+        assert steps[tag] == every_seventh, tag
+    for tag in ("train/loss_epoch", "val/loss", "val/accuracy"):
+        assert steps[tag] == [20, 41, 62], tag
+    assert {"train/loss", "val/loss", "val/accuracy"} <= run.progress_bar_metrics.keys()
+
+
+def test_predictions_are_probabilities(trainer):
+    batches = trainer().predict(make(), Digits())
+    probabilities = torch.cat(batches)
+    assert probabilities.shape == (360, 10)
+    torch.testing.assert_close(probabilities.sum(1), torch.ones(360))
+
+
+@pytest.mark.parametrize("bad", [-0.1, 1.0])
+def test_label_smoothing_is_checked(bad):
+    with pytest.raises(ValueError, match=rf"label_smoothing must be in \[0, 1\), got {bad}"):
+        make(label_smoothing=bad)
+
+
+def test_the_precision_of_the_trainer_reaches_the_images(trainer):
+    class Watching(ImageClassifier):
+        def loss(self, batch):
+            seen.append(batch[0].dtype)
+            return super().loss(batch)
+
+    for precision, dtype in (("32-true", torch.float32), ("bf16-true", torch.bfloat16), ("64-true", torch.float64)):
+        seen = []
+        trainer(precision=precision, max_steps=2).fit(Watching(digits_cnn(width=8), OPTIMIZER), Digits())
+        assert set(seen) == {dtype}
