@@ -78,7 +78,7 @@ def test_the_papers_arms_train_with_its_values(arm, fake_cifar10):
 @pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=lambda path: path.stem)
 @pytest.mark.parametrize("data", ["digits", "cifar10"])
 def test_every_optimizer_trains_as_its_file_says(optimizer, data, fake_cifar10):
-    root = ["--data.root", str(fake_cifar10)] if data == "cifar10" else []
+    root = ["--data.root", str(fake_cifar10), "--data.batch_size", "8"] if data == "cifar10" else []
     cli = run(f"data/{data}", optimizer, *root)
     block, resolved = yaml.safe_load(optimizer.read_text()), cli.config_dump["model"]["init_args"]["optimizer"]
     assert resolved["class_path"] == block["class_path"]

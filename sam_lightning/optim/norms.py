@@ -18,10 +18,14 @@ def divide_by_norm(vectors: list[Tensor], norm: Tensor) -> list[Tensor]:
     Nothing is read back from an accelerator, which would make the host wait for it.
     """
     finite = norm.isfinite()
-    if norm.device.type == "cpu" and not finite:
+    if _is_on_host(norm) and not finite:
         return [vector.zero_() for vector in vectors]
     torch._foreach_mul_(vectors, torch.where(finite, 1 / (norm + TINY), 0.0))
-    if norm.device.type != "cpu":  # 0 * inf is NaN
+    if not _is_on_host(norm):  # 0 * inf is NaN
         for vector in vectors:
             vector.nan_to_num_(0.0, 0.0, 0.0)
     return vectors
+
+
+def _is_on_host(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu"

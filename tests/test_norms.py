@@ -1,0 +1,34 @@
+"""Norms over many tensors, and the branch that never reads from the device, here run on the CPU."""
+
+import math
+
+import pytest
+import torch
+
+from sam_lightning.optim import norms
+
+
+@pytest.mark.parametrize("on_host", [True, False])
+@pytest.mark.parametrize("bad", [None, math.inf, -math.inf, math.nan])
+def test_division_by_the_norm(monkeypatch, on_host, bad):
+    monkeypatch.setattr(norms, "_is_on_host", lambda tensor: on_host)
+    vectors = [torch.tensor([3.0, 0.0]), torch.tensor([[4.0]])]
+    if bad is not None:
+        vectors[0][1] = bad
+    unit = norms.divide_by_norm([v.clone() for v in vectors], norms.global_norm(vectors))
+    expected = [0.6, 0.0, 0.8] if bad is None else [0.0, 0.0, 0.0]
+    assert torch.cat([u.flatten() for u in unit]).tolist() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("on_host", [True, False])
+def test_zero_gives_zero(monkeypatch, on_host):
+    monkeypatch.setattr(norms, "_is_on_host", lambda tensor: on_host)
+    zeros = [torch.zeros(3)]
+    assert norms.divide_by_norm(zeros, norms.global_norm(zeros))[0].tolist() == [0.0] * 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_summed_in_float32(dtype):
+    value = norms.global_norm([torch.full((1000,), 3e4, dtype=dtype), torch.full((1000,), 3e4, dtype=dtype)])
+    assert value.dtype is torch.float32
+    assert value.item() == pytest.approx(torch.tensor(3e4, dtype=dtype).item() * 2000**0.5, rel=1e-6)
