@@ -21,6 +21,15 @@ class Case:
     def make(self, params, base, **more):
         return self.optimizer(params, base=base, **{**self.options, **more})
 
+    def scales(self, named_parameters):
+        """T of every parameter: the displacement reaches ||e / T|| = rho."""
+        return [
+            torch.ones_like(p)
+            if self.optimizer is SAM or ("bias" in name and not self.options["normalize_bias"])
+            else p.detach().abs() + self.options["eta"]
+            for name, p in named_parameters
+        ]
+
 
 CASES = (
     Case("sam", SAM, oracles.sam_displacements),
@@ -41,26 +50,93 @@ BASES = {
 SGD = BASES["momentum"][0]
 
 
-class Net(nn.Module):
-    """A tanh network with biases, a frozen and an unused layer; smooth, so that float64 compares tightly."""
+class Loss(nn.Module):
+    """Parameters and a loss of them; smooth, so that float64 compares tightly."""
+
+    def _randomize(self, dtype, seed):
+        generator = torch.Generator().manual_seed(seed)
+        for parameter in self.parameters():
+            parameter.data = torch.randn(parameter.shape, generator=generator, dtype=torch.float64).to(dtype) * 0.5
+        return generator
+
+    def weights(self):
+        return [p.detach().clone() for p in self.parameters()]
+
+    def pointers(self):
+        return [p.data_ptr() for p in self.parameters()]
+
+
+class Net(Loss):
+    """A tanh network with biases, a frozen and an unused layer."""
 
     def __init__(self, dtype=torch.float64, seed=0):
         super().__init__()
-        generator = torch.Generator().manual_seed(seed)
         self.first = nn.Linear(4, 6, dtype=dtype)
         self.frozen = nn.Linear(6, 6, dtype=dtype).requires_grad_(False)
         self.unused = nn.Linear(3, 2, dtype=dtype)
         self.last = nn.Linear(6, 2, dtype=dtype)
-        for parameter in self.parameters():
-            parameter.data = torch.randn(parameter.shape, generator=generator, dtype=torch.float64).to(dtype) * 0.5
+        generator = self._randomize(dtype, seed)
         self.x = torch.randn(10, 4, generator=generator, dtype=torch.float64).to(dtype)
         self.y = torch.randn(10, 2, generator=generator, dtype=torch.float64).to(dtype)
 
     def loss(self):
         return (self.last(torch.tanh(self.frozen(torch.tanh(self.first(self.x))))) - self.y).square().mean()
 
-    def weights(self):
-        return [p.detach().clone() for p in self.parameters()]
+
+class Quadratic(Loss):
+    """z A z / 2, z being all parameters behind one another; one of them is frozen, one is not in z."""
+
+    def __init__(self, dtype=torch.float64, seed=0):
+        super().__init__()
+        for name, shape in {"weight": (2, 2), "bias": (2,), "frozen": (1,), "unused": (3,), "offset": (1,)}.items():
+            self.register_parameter(name, nn.Parameter(torch.empty(shape, dtype=dtype), name != "frozen"))
+        root = torch.randn(8, 8, generator=self._randomize(dtype, seed), dtype=torch.float64).to(dtype)
+        self.curvature = root @ root.T / 8
+
+    def loss(self):
+        z = torch.cat([p.flatten() for p in (self.weight, self.bias, self.frozen, self.offset)])
+        return z @ self.curvature @ z / 2
+
+
+class Rescaled(Loss):
+    """A ReLU network that computes the same function for every `factor`: one layer times it, the next over it."""
+
+    def __init__(self, factor, seed=5):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)).double()
+        generator = self._randomize(torch.float64, seed)
+        self.x = torch.randn(20, 4, generator=generator, dtype=torch.float64)
+        self.y = torch.randint(0, 3, (20,), generator=generator)
+        first, _, second = self.layers
+        for parameter, by in ((first.weight, factor), (first.bias, factor), (second.weight, 1 / factor)):
+            parameter.data *= by
+
+    def loss(self):
+        return nn.functional.cross_entropy(self.layers(self.x), self.y)
+
+
+def one_group(named):
+    """Parameters as an optimizer takes them; the radius and the learning rate of each one."""
+    return named, [0.3] * len(named), [None] * len(named)
+
+
+def several_groups(named):
+    """Frozen and unused ones in the middle, with the default rate; the last parameter is not perturbed."""
+    cut = len(named) * 3 // 8
+    middle = len(named) - cut - 1
+    groups = [
+        {"params": named[:cut], "lr": 0.02},
+        {"params": named[cut:-1], "rho": 0.7},
+        {"params": named[-1:], "rho": 0.0, "lr": 0.05},
+    ]
+    return groups, [0.3] * cut + [0.7] * middle + [0.0], [0.02] * cut + [None] * middle + [0.05]
+
+
+def ready(case, base="momentum", scale=1.0):
+    """A network with its gradient at w, and its optimizer."""
+    net = Net()
+    (net.loss() * scale).backward()
+    return net, case.make(net.named_parameters(), BASES[base][0], rho=0.3)
 
 
 def step(optimizer, net):
@@ -71,3 +147,21 @@ def step(optimizer, net):
         optimizer.zero_grad()
         net.loss().backward()
     optimizer.step()
+
+
+def displaced(optimizer, module):
+    """e, by looking inside."""
+    before = [p.detach().clone() for p in module.parameters()]
+    with optimizer.perturbed():
+        return [p.detach() - w for p, w in zip(module.parameters(), before, strict=True)]
+
+
+def length(tensors):
+    return torch.cat([t.flatten() for t in tensors]).norm().item()
+
+
+def same(a, b):
+    """Bit for bit: -0.0 is not 0.0, and a NaN is itself."""
+    return len(a) == len(b) and all(
+        x.dtype is y.dtype and torch.equal(x.view(torch.uint8), y.view(torch.uint8)) for x, y in zip(a, b, strict=True)
+    )

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 
-def sam_displacements(weights: list[Tensor], grads: list[Tensor | None], radii: list[float], **_) -> list[Tensor]:
+def sam_displacements(weights: list[Tensor], grads: list[Tensor | None], radii: list[float]) -> list[Tensor]:
     """e_i = rho_i g_i / ||g||, the norm over all parameters that have a gradient and a radius."""
     square = 0.0
     for g, rho in zip(grads, radii, strict=True):
@@ -14,10 +14,11 @@ def sam_displacements(weights: list[Tensor], grads: list[Tensor | None], radii: 
             for value in g.flatten().tolist():
                 square += value * value
     length = math.sqrt(square) + 1e-12
-    return [
-        torch.zeros_like(w) if g is None else torch.tensor([rho * v / length for v in g.flatten().tolist()]).view_as(w)
-        for w, g, rho in zip(weights, grads, radii, strict=True)
-    ]
+    displacements = []
+    for w, g, rho in zip(weights, grads, radii, strict=True):
+        values = [0.0] * w.numel() if g is None else g.flatten().tolist()
+        displacements.append(shaped([rho * v / length for v in values], w))
+    return displacements
 
 
 def asam_displacements(
@@ -42,10 +43,12 @@ def asam_displacements(
     displacements = []
     for w, g, rho, scale in zip(weights, grads, radii, scales, strict=True):
         values = [0.0] * w.numel() if g is None else g.flatten().tolist()
-        displacements.append(
-            torch.tensor([rho * t * t * v / length for t, v in zip(scale, values, strict=True)]).view_as(w)
-        )
+        displacements.append(shaped([rho * t * t * v / length for t, v in zip(scale, values, strict=True)], w))
     return displacements
+
+
+def shaped(values: list[float], like: Tensor) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64).view_as(like)
 
 
 class SGD:

@@ -76,10 +76,13 @@ def test_two_ranks_batches_together_are_the_single_process_batch(fake_cifar10):
         )
         loader = data.train_dataloader()
         assert loader.sampler.epoch == 4  # as a run resumed behind four epochs needs it
-        return [set(batch[2].tolist()) for batch in loader]
+        tested = [sample for batch in data.test_dataloader() for sample in batch[2].tolist()]
+        return [set(batch[2].tolist()) for batch in loader], tested
 
-    ranks = [batches(5, {"num_replicas": 2, "rank": rank}) for rank in range(2)]
-    assert [a | b for a, b in zip(*ranks, strict=True)] == batches(10, None)
+    ranks, tested = zip(*(batches(5, {"num_replicas": 2, "rank": rank}) for rank in range(2)), strict=True)
+    whole, all_tested = batches(10, None)
+    assert [a | b for a, b in zip(*ranks, strict=True)] == whole
+    assert sorted(tested[0] + tested[1]) == all_tested == list(range(20))
 
 
 def test_evaluation_counts_every_sample_once():
@@ -258,7 +261,10 @@ def test_only_training_is_augmented(fake_cifar10, trainer):
     data.trainer = trainer()
     batch = next(iter(data.train_dataloader()))
     data.trainer.training = True
-    assert not torch.equal(data.on_after_batch_transfer(batch, 0)[0], batch[0] / 255)
+    augmented = data.on_after_batch_transfer(batch, 0)[0]
+    assert not torch.equal(augmented, batch[0] / 255)
+    data.trainer.fit_loop.epoch_progress.current.processed = 1
+    assert not torch.equal(data.on_after_batch_transfer(batch, 0)[0], augmented)
     data.trainer.validating = True
     assert torch.equal(data.on_after_batch_transfer(batch, 0)[0], batch[0] / 255)
     data.trainer.testing = True

@@ -6,7 +6,7 @@ from typing import ClassVar, Literal, TypeAlias
 
 import numpy as np
 import torch
-from lightning.pytorch import LightningDataModule
+from lightning.pytorch import LightningDataModule, Trainer
 from sklearn.model_selection import train_test_split
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -151,9 +151,7 @@ class ImageData(LightningDataModule, ABC):
         if self.trainer is not None:
             if self.trainer.overfit_batches > 0:  # type: ignore[attr-defined]  # Trainer sets it by name
                 return self._plain_loader(self._train, self.batch_size)  # Lightning takes the first ones each time
-            # In a run resumed at an epoch's end Lightning loads no state into the loader.
-            progress = self.trainer.fit_loop.epoch_progress.current
-            sampler.set_epoch(progress.processed)  # type: ignore[attr-defined]  # annotated as its base class
+            sampler.set_epoch(_epoch(self.trainer))  # resumed at an epoch's end, Lightning loads no state here
         return BatchLoader(
             self._train,
             self.batch_size,
@@ -180,7 +178,7 @@ class ImageData(LightningDataModule, ABC):
         images, labels, samples = batch
         trainer = self.trainer
         if trainer is not None and trainer.training:
-            images = self._augment(images, samples, trainer.current_epoch)
+            images = self._augment(images, samples, _epoch(trainer))
         images = self.normalise(images)
         return trainer.precision_plugin.convert_input(images) if trainer is not None else images, labels
 
@@ -208,3 +206,9 @@ class ImageData(LightningDataModule, ABC):
         """This process's part of the data."""
         share = self.trainer.distributed_sampler_kwargs if self.trainer is not None else None
         return {"world": share["num_replicas"], "rank": share["rank"]} if share else {}
+
+
+def _epoch(trainer: Trainer) -> int:
+    """The epoch in training as Lightning tells it to samplers; `current_epoch` lags behind in a resumed run."""
+    epoch: int = trainer.fit_loop.epoch_progress.current.processed  # type: ignore[attr-defined]  # typed as its base
+    return epoch

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any, TypeAlias
 
 import torch
@@ -61,7 +62,7 @@ class SharpnessAware(Optimizer, ABC):
     """
 
     def __init__(self, params: Params, base: BaseOptimizer, rho: float) -> None:
-        if isinstance(base, Optimizer) or not callable(base):
+        if not callable(base):  # an optimizer that is already built is not, either
             raise TypeError(
                 "base must be a callable from parameters to a torch optimizer, such as "
                 f"functools.partial(torch.optim.SGD, lr=0.1), got {type(base).__name__}."
@@ -82,7 +83,7 @@ class SharpnessAware(Optimizer, ABC):
         """The displacement e for rho = 1: the point of the unit ball where the linearised loss is largest.
 
         Args:
-            weights: The perturbed parameters, w.
+            weights: The perturbed parameters themselves, w.
             grads: Their gradients at w, of the same shapes; neither list may be changed.
 
         Returns:
@@ -144,8 +145,9 @@ class SharpnessAware(Optimizer, ABC):
                         f"sparse gradients cannot be perturbed, got one for a parameter of shape "
                         f"{tuple(weight.shape)}: make its layer with sparse=False."
                     )
-            if check_radius("rho", group["rho"]) > 0 and weights:
-                groups.append((float(group["rho"]), weights))
+            rho = check_radius("rho", group["rho"])
+            if rho > 0 and weights:
+                groups.append((rho, weights))
         if not found:
             raise RuntimeError("no parameter has a gradient: call backward() before perturbed().")
         return groups
@@ -218,9 +220,9 @@ class SharpnessAware(Optimizer, ABC):
 
 def check_radius(name: str, value: float) -> float:
     """`value` if it is a finite number of at least 0, else a ValueError that names it."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= value < math.inf:
         raise ValueError(f"{name} must be a finite number >= 0, got {value!r}.")
-    return value
+    return float(value)
 
 
 @torch.no_grad()
