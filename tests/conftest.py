@@ -13,22 +13,17 @@ REPOSITORY = Path(__file__).parents[1]
 
 
 @pytest.fixture(autouse=True)
-def _leaves_nothing_behind(monkeypatch):
+def _leaves_nothing_behind():
     """A test may leak neither a process group, nor environment variables, nor files into the checkout."""
-    monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
-    environment = dict(os.environ)
-    files = set(os.listdir(REPOSITORY))
+    environment, files = dict(os.environ), set(os.listdir(REPOSITORY))
     torch.manual_seed(0)
     yield
     assert not torch.distributed.is_initialized()
-    # Lightning's own seed_everything exports its seed; pytest names the running test.
-    for key in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS", "PYTEST_CURRENT_TEST"):
-        environment.pop(key, None)
-    leaked = {key for key in environment.keys() ^ os.environ.keys() if not key.startswith(("PL_", "PYTEST_"))}
-    for key in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS"):
+    for key in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS"):  # what Lightning's seed_everything exports
         os.environ.pop(key, None)
-    assert not leaked, f"environment variables changed: {leaked}"
-    assert set(os.listdir(REPOSITORY)) - {".pytest_cache"} <= files | {".pytest_cache"}
+    changed = {key for key, _ in environment.items() ^ os.environ.items() if not key.startswith("PYTEST_")}
+    assert not changed, f"environment variables changed: {changed}"
+    assert set(os.listdir(REPOSITORY)) - files <= {".pytest_cache"}
 
 
 @pytest.fixture
