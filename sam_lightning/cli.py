@@ -94,7 +94,7 @@ class CLI(LightningCLI):
             super().instantiate_classes()
             if isinstance(self.model, SharpnessAwareModule):
                 self.model.configure_optimizers()
-        except (TypeError, ValueError) as error:
+        except ValueError as error:
             raise SettingsError(str(error)) from error
         # Of every module, not only of those that think of it: the configuration, as primitives.
         self._dump_config()

@@ -123,12 +123,11 @@ class SharpnessAwareModule(LightningModule):
         else:
             outputs = {"loss": self._backward(micro_batches, sync=True)}
             norm = self._grad_norm(inner)
-        learning_rate = inner.param_groups[0]["lr"]
+        self._epoch_losses.append(outputs["loss"])
+        if self._logs_this_step:
+            self._log_step(outputs, norm, inner.param_groups[0]["lr"])
         optimizer.step()
         self._step_lr_scheduler()
-        self._epoch_losses.append(outputs["loss"])
-        if self._logs_step(self.global_step):
-            self._log_step(outputs, norm, learning_rate)
         return outputs
 
     def _backward(self, micro_batches: list[MicroBatch], sync: bool, factor: Tensor | None = None) -> Tensor:
@@ -210,13 +209,14 @@ class SharpnessAwareModule(LightningModule):
 
     # Logging: a `self.log` costs 0.3 ms on the host, so the step logs every `log_every_n_steps` batches.
 
-    def _logs_step(self, step: int) -> bool:
+    @property
+    def _logs_this_step(self) -> bool:
         every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by a part of the trainer
-        return every > 0 and step % every == 0
+        return every > 0 and (self.global_step + 1) % every == 0
 
     def _grad_norm(self, optimizer: Optimizer) -> Tensor | None:
         """||g||, loss scaling included, in the steps that need it: for the log, or to check it."""
-        if not self._logs_step(self.global_step + 1) and self._scaler is None:
+        if not self._logs_this_step and self._scaler is None:
             return None
         return global_norm([p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None])
 

@@ -79,7 +79,10 @@ def test_commands_can_be_repeated_in_one_directory():
     assert Path("runs/digits-sam-seed1/config.1.yaml").read_text() == first
     assert "label_smoothing: 0.1" in Path("runs/digits-sam-seed1/config.yaml").read_text()
     for _ in range(2):
-        main(["test", "--ckpt_path", "runs/digits-sam-seed1"])
+        tested = main(["test", "--ckpt_path", "runs/digits-sam-seed1"])
+    assert tested.config.test.ckpt_path.endswith("last-v2.ckpt")  # the newest; the others are still there
+    kept = {path.name for path in Path("runs/digits-sam-seed1/checkpoints").iterdir()}
+    assert kept == {f"{name}{version}.ckpt" for name in ("best", "last") for version in ("", "-v1", "-v2")}
     assert "label_smoothing: 0.1" in Path("runs/digits-sam-seed1/config.yaml").read_text()
 
 

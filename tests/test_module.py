@@ -105,7 +105,8 @@ def test_logs_are_gated_and_named(trainer):
     class Listening(Regression):
         def log(self, name, value, **options):
             if not self._is_second_pass:
-                logged.setdefault(name, []).append((self.global_step, float(value)))
+                batch = self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
+                logged.setdefault(name, []).append((batch, float(value)))
 
         def loss(self, batch):
             loss = super().loss(batch)
@@ -148,24 +149,26 @@ def test_bf16_mixed_perturbs_in_float32(trainer):
     assert length.item() == pytest.approx(0.1, rel=1e-4)
 
 
-def half_precision(scale=1024.0):
-    return MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=scale))
+def half_precision(**options):
+    return MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=1024.0, **options))
 
 
-def test_fp16_scaling_equals_the_bare_loop_with_a_scaler(trainer):
+@pytest.mark.parametrize("growth_interval", [2000, 1])  # 1: another scale in every step
+def test_fp16_scaling_equals_the_bare_loop_with_a_scaler(trainer, growth_interval):
     module = Regression(gradient_clip_norm=0.05)
-    plugin = half_precision()
+    plugin = half_precision(growth_interval=growth_interval)
     fit = trainer(plugins=[plugin], log_every_n_steps=1)
     fit.fit(module, loader())
 
-    network, scaler = make_network(), torch.amp.GradScaler("cpu", init_scale=1024.0)
+    network = make_network()
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=growth_interval)
     optimizer = SAM_SGD(list(network.parameters()))
     norms = []
     for x, y in loader():
         with torch.autocast("cpu", torch.half, cache_enabled=False):
             optimizer.zero_grad()
             scaler.scale(torch.nn.functional.mse_loss(network(x), y)).backward()
-            norms.append(torch.cat([p.grad.flatten() for p in network.parameters()]).norm().item() / 1024)
+            norms.append(torch.cat([p.grad.flatten() for p in network.parameters()]).norm().item() / scaler.get_scale())
             stats = [b.clone() for b in network.buffers()]
             with optimizer.perturbed():
                 optimizer.zero_grad()
