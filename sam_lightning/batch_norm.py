@@ -19,21 +19,28 @@ def frozen_running_stats(module: nn.Module) -> Iterator[None]:
     Args:
         module: Network whose normalisation layers are protected.
     """
-    owners = [
-        (layer, name)
-        for layer in module.modules()
-        for name, buffer in layer.named_buffers(recurse=False)
-        if name.startswith("running_") or name == "num_batches_tracked"
-    ]
-
-    def current() -> list[Tensor]:
-        return [layer.get_buffer(name) for layer, name in owners]
-
-    with torch.no_grad():
-        saved = [buffer.clone() for buffer in current()]
+    saved = RunningStats(module)
     try:
         yield
     finally:
-        with torch.no_grad():
-            for buffer, before in zip(current(), saved, strict=True):
-                buffer.copy_(before)
+        saved.restore()
+
+
+class RunningStats:
+    """A copy of the running statistics of `module`, to be put back."""
+
+    @torch.no_grad()
+    def __init__(self, module: nn.Module) -> None:
+        self._saved = [
+            (layer, name, buffer.clone())
+            for layer in module.modules()
+            for name, buffer in layer.named_buffers(recurse=False)
+            if name.startswith("running_") or name == "num_batches_tracked"
+        ]
+
+    @torch.no_grad()
+    def restore(self, unless: Tensor | None = None) -> None:
+        """Puts the copy back; with a 0-dimensional bool only where it is False, without a wait for the device."""
+        for layer, name, before in self._saved:
+            buffer = layer.get_buffer(name)
+            buffer.copy_(before if unless is None else torch.where(unless, buffer, before))

@@ -8,6 +8,9 @@ import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
+from torch.utils.tensorboard.summary import hparams
+
+from sam_lightning.run_directory import flatten
 
 
 class RandomStates(Callback):
@@ -89,33 +92,22 @@ class WeightHistograms(Callback):
                 logger.experiment.add_histogram(f"weights/{name}", values, trainer.global_step)
 
 
-class FinalMetrics(Callback):
-    """Writes the hyperparameters with the final metrics to TensorBoard's page of hyperparameters."""
+class HyperparameterPage(Callback):
+    """Puts a run on TensorBoard's page of hyperparameters, beside its validation and test metrics."""
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Writes the metrics of the end of training."""
-        self._write(trainer, pl_module)
+        """Names the metrics that the page shows; it takes the newest value of each from the run's scalars.
 
-    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Writes the test metrics."""
-        self._write(trainer, pl_module)
-
-    def _write(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        metrics = {k: v.item() for k, v in trainer.callback_metrics.items() if k.startswith(("val/", "test/"))}
+        A later `test` need not write again, which the page would not read: of a run it knows the first word.
+        """
+        names = {name.partition("/")[2] for name in trainer.callback_metrics if name.startswith("val/")}
+        metrics = dict.fromkeys(f"{stage}/{name}" for name in sorted(names) for stage in ("test", "val"))
         data = getattr(trainer, "datamodule", None)
-        hparams = {**pl_module.hparams_initial, **({"data": dict(data.hparams_initial)} if data else {})}
+        settings = {**pl_module.hparams_initial, "data": dict(data.hparams_initial) if data else {}}
+        known = {key: v if isinstance(v, bool | int | float | str) else str(v) for key, v in flatten(settings)}
         for logger in tensorboards(trainer):
-            if metrics:
-                logger.log_hyperparams(_public(hparams), metrics, trainer.global_step)
-
-
-def _public(hparams: dict[str, Any]) -> dict[str, Any]:
-    """Without the entries by which Lightning rebuilds a module."""
-    return {
-        key: _public(value) if isinstance(value, dict) else value
-        for key, value in hparams.items()
-        if not key.startswith("_")
-    }
+            for summary in hparams(known, metrics):  # type: ignore[no-untyped-call]
+                logger.experiment._get_file_writer().add_summary(summary)
 
 
 def tensorboards(trainer: Trainer) -> list[TensorBoardLogger]:

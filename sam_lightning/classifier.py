@@ -2,15 +2,37 @@
 
 from typing import Literal
 
+import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from torchmetrics import MeanMetric
+from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy
 
 from sam_lightning.module import SharpnessAwareModule
 
 Batch = tuple[Tensor, Tensor]  # images (B, C, H, W), labels (B,)
+
+
+class SampleMean(Metric):
+    """Mean over samples of batch means. Unlike torchmetrics' MeanMetric it keeps NaN, and never waits for a GPU."""
+
+    total: Tensor
+    samples: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("total", torch.tensor(0.0), dist_reduce_fx="sum")
+        self.add_state("samples", torch.tensor(0.0), dist_reduce_fx="sum")
+
+    def update(self, mean: Tensor, samples: int) -> None:
+        """Adds a batch of so many samples with this mean."""
+        self.total += mean * samples
+        self.samples += samples
+
+    def compute(self) -> Tensor:
+        """The mean so far."""
+        return self.total / self.samples
 
 
 class ImageClassifier(SharpnessAwareModule):
@@ -57,7 +79,7 @@ class ImageClassifier(SharpnessAwareModule):
             raise ValueError(f"label_smoothing must be in [0, 1), got {label_smoothing!r}.")
         self.network = network
         self.label_smoothing = label_smoothing
-        self.eval_loss = MeanMetric()
+        self.eval_loss = SampleMean()
         # Micro-averaged top 1 needs no number of classes; its checks of every batch would wait for the GPU.
         self.eval_accuracy = MulticlassAccuracy(average="micro", validate_args=False)
 
@@ -94,7 +116,7 @@ class ImageClassifier(SharpnessAwareModule):
     def _evaluate(self, batch: Batch) -> None:
         images, labels = batch
         logits = self(images)
-        self.eval_loss.update(cross_entropy(logits, labels), weight=len(labels))
+        self.eval_loss.update(cross_entropy(logits, labels), len(labels))
         self.eval_accuracy.update(logits, labels)
 
     def _log_metrics(self, stage: Literal["val", "test"]) -> None:

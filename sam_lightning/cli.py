@@ -12,7 +12,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning_utilities.core.rank_zero import rank_zero_only
 
-from sam_lightning.callbacks import FinalMetrics, RandomStates
+from sam_lightning.callbacks import HyperparameterPage, RandomStates
 from sam_lightning.classifier import ImageClassifier  # noqa: F401  # so that --model ImageClassifier is found
 from sam_lightning.data import DataError
 from sam_lightning.module import SharpnessAwareModule
@@ -22,6 +22,7 @@ from sam_lightning.run_directory import (
     CheckpointError,
     differences,
     find_checkpoint,
+    hparams_of,
     read_checkpoint,
     write_config,
 )
@@ -70,29 +71,33 @@ class CLI(LightningCLI):
         if config.ckpt_path:
             path = find_checkpoint(self.run, config.ckpt_path)
             config.ckpt_path = str(path)
-            if self.subcommand == "fit":
-                self._dump_config()
-                self._refuse_other_settings(path)
+            self._compare_settings(path)
 
-    def _refuse_other_settings(self, path: Path) -> None:
-        """A resumed run restores its optimizer, so that settings typed anew would be overridden unseen."""
-        checkpoint = read_checkpoint(path)
-        found = []
-        for key, saved in (("model", "hyper_parameters"), ("data", "datamodule_hyper_parameters")):
-            if checkpoint.get(saved):
-                here = _hparams(self.config_dump.get(key))
-                found += [f"  {key}.{line}" for line in differences(checkpoint[saved], here)]
-        if found:
+    def _compare_settings(self, path: Path) -> None:
+        """Refuses to resume with other settings than the checkpoint's; names them before an evaluation.
+
+        A resumed run restores its optimizer and goes on with its data: what was typed anew would be
+        overridden unseen, or change the run in its middle.
+        """
+        self._dump_config()
+        found = differences(read_checkpoint(path), self.config_dump, path.parent.parent / CONFIG)
+        if not found:
+            return
+        message = f"{path} was trained with other settings:\n  " + "\n  ".join(found)
+        if self.subcommand == "fit":
             raise CheckpointError(
-                f"{path} was trained with other settings:\n" + "\n".join(found) + "\nResume with the run's own "
-                f"(fit --ckpt_path {path.parent.parent}), or start a new run without --ckpt_path."
+                f"{message}\nResume with the run's own (fit --ckpt_path {path.parent.parent}), or start a new run "
+                "without --ckpt_path."
             )
+        print(f"sam-lightning: note: {message}", file=sys.stderr)
 
     def instantiate_classes(self) -> None:
         """Builds model, data and trainer, and the optimizer once: its errors come before the data's load."""
         try:
             super().instantiate_classes()
-            if isinstance(self.model, SharpnessAwareModule):
+            # A module that makes its own may need the trainer, which it has only later.
+            own = type(self.model).configure_optimizers is not SharpnessAwareModule.configure_optimizers
+            if self.subcommand == "fit" and not own and list(self.model.parameters()):
                 self.model.configure_optimizers()
         except ValueError as error:
             raise SettingsError(str(error)) from error
@@ -101,7 +106,7 @@ class CLI(LightningCLI):
         for key, module in (("model", self.model), ("data", self.datamodule)):
             if module is not None:
                 instantiator = {"_instantiator": "lightning.pytorch.cli.instantiate_module"}
-                module.save_hyperparameters({**_hparams(self.config_dump[key]), **instantiator})
+                module.save_hyperparameters({**hparams_of(self.config_dump[key]), **instantiator})
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Builds the trainer, with TensorBoard in the run directory unless another logger is configured."""
@@ -122,12 +127,12 @@ class CLI(LightningCLI):
         self._report()
 
     def after_predict(self) -> None:
-        """Saves the predictions: the outputs of `predict_step`, a list with one entry per batch."""
-        if self.trainer.is_global_zero:
-            path = self.run / "predictions.pt"
-            self.run.mkdir(parents=True, exist_ok=True)
-            torch.save(self.trainer.predict_loop.predictions, path)
-            print(f"predictions    {path}")
+        """Saves what this process predicted: the outputs of `predict_step`, a list with one entry per batch."""
+        share = f"-rank{self.trainer.global_rank}" if self.trainer.world_size > 1 else ""
+        path = self.run / f"predictions{share}.pt"
+        self.run.mkdir(parents=True, exist_ok=True)
+        torch.save(self.trainer.predict_loop.predictions, path)
+        print(f"{'predictions':<15}{path}")
 
     @rank_zero_only
     def _report(self) -> None:
@@ -169,7 +174,7 @@ def main(args: list[str] | None = None) -> CLI:
             parser_kwargs={key: STRICT for key in ("fit", "validate", "test", "predict")} | STRICT,
             save_config_callback=RunConfig,
             save_config_kwargs={"save_to_log_dir": False},
-            trainer_defaults={"callbacks": [RandomStates(), FinalMetrics()]},
+            trainer_defaults={"callbacks": [RandomStates(), HyperparameterPage()]},
             args=args,
         )
     except (CheckpointError, DataError, SettingsError) as error:
@@ -200,14 +205,3 @@ def _run_name(config: Namespace) -> str:
     ]
     words = [name.rpartition(".")[2].lower() for name in names if name]
     return "-".join([*words, f"seed{config.seed_everything}"])
-
-
-def _hparams(config: dict[str, Any] | None) -> dict[str, Any]:
-    """A configured class as one flat dictionary, in Lightning's own form for checkpoints."""
-    if not config:
-        return {}
-    return {
-        "_class_path": config["class_path"],
-        **config.get("init_args", {}),
-        **config.get("dict_kwargs", {}),
-    }

@@ -14,9 +14,9 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from sam_lightning.batch_norm import frozen_running_stats
+from sam_lightning.batch_norm import RunningStats, frozen_running_stats
+from sam_lightning.lr_schedules import step_plateaus, step_schedulers
 from sam_lightning.micro_batches import MicroBatch, split_batch
 from sam_lightning.optim import Params, SharpnessAware, global_norm
 
@@ -42,6 +42,9 @@ class SharpnessAwareModule(LightningModule):
     not run in manual optimization. Every `log_every_n_steps` batches it logs `train/loss` (first pass),
     `train/loss_perturbed`, `train/grad_norm` (||g|| at w, before clipping) and `lr`; and per epoch
     `train/loss_epoch`, the mean over batches of the first pass's loss.
+
+    A subclass that overrides `on_train_epoch_end`, `on_train_batch_start`, `on_validation_start`,
+    `on_save_checkpoint` or `on_load_checkpoint` must call `super()`.
 
     Args:
         optimizer: Makes the optimizer from `parameter_groups()`, by default the named parameters.
@@ -77,7 +80,7 @@ class SharpnessAwareModule(LightningModule):
                 raise ValueError(f"{name} must be one of {allowed}, got {value!r}.")
         if gradient_clip_norm is not None and not gradient_clip_norm > 0:
             raise ValueError(f"gradient_clip_norm must be > 0 or None, got {gradient_clip_norm!r}.")
-        if accumulate < 1:
+        if not isinstance(accumulate, int) or accumulate < 1:
             raise ValueError(f"accumulate must be an integer >= 1, got {accumulate!r}.")
         self.automatic_optimization = False
         self.lr_scheduler_interval = lr_scheduler_interval
@@ -87,7 +90,8 @@ class SharpnessAwareModule(LightningModule):
         self.sync_perturbation = sync_perturbation
         self._make_optimizer = optimizer
         self._make_lr_scheduler = lr_scheduler
-        self._is_second_pass = False
+        self.is_second_pass = False  # whether `loss` runs at w + e
+        self._clips: Optimizer | None = None
         self._epoch_losses: list[Tensor | float] = []  # left on the device until the epoch ends
 
     # What a subclass gives.
@@ -95,7 +99,8 @@ class SharpnessAwareModule(LightningModule):
     def loss(self, batch: Any) -> Tensor:
         """The mean loss of a batch, 0-dimensional; runs once per pass and micro-batch.
 
-        `self.log` in here works, and is ignored in the second pass.
+        `self.log` in here works, and is ignored in the second pass. Whatever else should happen once per
+        batch, such as updating a metric, belongs behind `if not self.is_second_pass`.
         """
         raise NotImplementedError(f"{type(self).__name__} must define loss(batch) -> Tensor.")
 
@@ -111,7 +116,9 @@ class SharpnessAwareModule(LightningModule):
         if not isinstance(optimizer, LightningOptimizer):
             raise TypeError("SharpnessAwareModule trains with one optimizer, configure_optimizers made several.")
         inner = optimizer.optimizer
+        self._clip_before_step_of(inner)
         micro_batches = split_batch(batch, self.accumulate)
+        stats = RunningStats(self) if self._scaler is not None else None
         optimizer.zero_grad()
         if isinstance(inner, SharpnessAware):
             first = self._backward(micro_batches, sync=self.sync_perturbation)
@@ -123,11 +130,13 @@ class SharpnessAwareModule(LightningModule):
         else:
             outputs = {"loss": self._backward(micro_batches, sync=True)}
             norm = self._grad_norm(inner)
+        if stats is not None:  # a forward pass that overflowed leaves no trace, as the step is skipped
+            stats.restore(unless=global_norm(_grads(inner)).isfinite())
         self._epoch_losses.append(outputs["loss"])
         if self._logs_this_step:
             self._log_step(outputs, norm, inner.param_groups[0]["lr"])
         optimizer.step()
-        self._step_lr_scheduler()
+        step_schedulers(self.trainer)
         return outputs
 
     def _backward(self, micro_batches: list[MicroBatch], sync: bool, factor: Tensor | None = None) -> Tensor:
@@ -152,12 +161,12 @@ class SharpnessAwareModule(LightningModule):
     @contextmanager
     def _second_pass(self) -> Iterator[None]:
         stats = frozen_running_stats(self) if self.batch_norm_stats == "first" else nullcontext()
-        self._is_second_pass = True
+        self.is_second_pass = True
         try:
             with stats:
                 yield
         finally:
-            self._is_second_pass = False
+            self.is_second_pass = False
 
     # Loss scaling, clipping, schedulers.
 
@@ -173,25 +182,30 @@ class SharpnessAwareModule(LightningModule):
         """
         return None if self._scaler is None or norm is None else 1 + 0 * norm
 
-    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Clips the gradient that descends, here because loss scaling has been undone by now."""
-        if self.gradient_clip_norm is not None:
-            parameters = [p for group in optimizer.param_groups for p in group["params"]]
-            torch.nn.utils.clip_grad_norm_(parameters, self.gradient_clip_norm)
+    def _clip_before_step_of(self, optimizer: Optimizer) -> None:
+        """Has the gradient clipped that descends, in the step itself: loss scaling has been undone by then.
+
+        Not in a hook of Lightning's, which a subclass could override and so switch off clipping unseen.
+        """
+        if self.gradient_clip_norm is not None and self._clips is not optimizer:
+            optimizer.register_step_pre_hook(self._clip)
+            self._clips = optimizer
+
+    def _clip(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        assert self.gradient_clip_norm is not None
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        torch.nn.utils.clip_grad_norm_(parameters, self.gradient_clip_norm)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimizer, and its scheduler if there is one; `training_step` steps the scheduler."""
         optimizer = self._make_optimizer(self.parameter_groups())
         if self._make_lr_scheduler is None:
             return optimizer
-        return [optimizer], [self._make_lr_scheduler(optimizer)]
-
-    def _step_lr_scheduler(self) -> None:
-        # At an epoch's last batch rather than at its end, so that a checkpoint of that batch has it.
-        if self.lr_scheduler_interval == "step" or self.trainer.is_last_batch:
-            for config in self.trainer.lr_scheduler_configs:
-                if not isinstance(config.scheduler, ReduceLROnPlateau):
-                    config.scheduler.step()
+        scheduler = self._make_lr_scheduler(optimizer)
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": scheduler, "interval": self.lr_scheduler_interval},
+        }
 
     def on_train_epoch_end(self) -> None:
         """Logs the epoch's mean loss and steps `ReduceLROnPlateau`."""
@@ -199,13 +213,7 @@ class SharpnessAwareModule(LightningModule):
             mean = math.fsum(map(float, self._epoch_losses)) / len(self._epoch_losses)
             self.log("train/loss_epoch", mean, sync_dist=True)
             self._epoch_losses.clear()
-        for config in self.trainer.lr_scheduler_configs:
-            if isinstance(config.scheduler, ReduceLROnPlateau):
-                monitor = getattr(config.scheduler, "monitor", "val/loss")
-                metrics = self.trainer.callback_metrics
-                if monitor not in metrics:
-                    raise ValueError(f"ReduceLROnPlateau monitors {monitor!r}, logged were {sorted(metrics)}.")
-                config.scheduler.step(metrics[monitor])
+        step_plateaus(self.trainer)
 
     # Logging: a `self.log` costs 0.3 ms on the host, so the step logs every `log_every_n_steps` batches.
 
@@ -218,7 +226,7 @@ class SharpnessAwareModule(LightningModule):
         """||g||, loss scaling included, in the steps that need it: for the log, or to check it."""
         if not self._logs_this_step and self._scaler is None:
             return None
-        return global_norm([p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None])
+        return global_norm(_grads(optimizer))
 
     def _log_step(self, outputs: dict[str, Tensor], norm: Tensor | None, learning_rate: float) -> None:
         values = {f"train/{name}": value for name, value in outputs.items() if name != "loss"}
@@ -229,7 +237,7 @@ class SharpnessAwareModule(LightningModule):
 
     def log(self, *args: Any, **kwargs: Any) -> None:
         """Lightning's `log`, silent in the second pass: what `loss` logs is the first pass's."""
-        if not self._is_second_pass:
+        if not self.is_second_pass:
             super().log(*args, **kwargs)
 
     # Data parallel and resume.
@@ -255,3 +263,7 @@ class SharpnessAwareModule(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restores the losses of the epoch so far."""
         self._epoch_losses = list(checkpoint.get("epoch_losses", []))
+
+
+def _grads(optimizer: Optimizer) -> list[Tensor]:
+    return [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]

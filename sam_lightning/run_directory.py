@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
 CONFIG = "config.yaml"
 CHECKPOINTS = "checkpoints"
@@ -71,14 +72,36 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     return content
 
 
-def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
-    """The hyperparameters of a checkpoint that differ from a configuration's, a line each."""
-    a, b = dict(_flatten(there)), dict(_flatten(here))
+def differences(checkpoint: Mapping[str, Any], config: Mapping[str, Any], run_config: Path) -> list[str]:
+    """The settings of model, data, seed and precision that differ, a line each.
+
+    Args:
+        checkpoint: Content of the checkpoint.
+        config: The command's configuration.
+        run_config: The configuration file of the checkpoint's run, if there is one.
+    """
+    there: dict[str, Any] = {}
+    here: dict[str, Any] = {}
+    for key, saved in (("model", "hyper_parameters"), ("data", "datamodule_hyper_parameters")):
+        if checkpoint.get(saved):
+            there[key], here[key] = checkpoint[saved], hparams_of(config.get(key))
+    if run_config.is_file():
+        for tree, source in ((there, yaml.safe_load(run_config.read_text())), (here, config)):
+            tree["seed_everything"] = source.get("seed_everything")
+            tree["trainer"] = {"precision": source.get("trainer", {}).get("precision") or "32-true"}
+    a, b = dict(flatten(there)), dict(flatten(here))
     return [
         f"{key}: {a.get(key, 'not set')} in the checkpoint, {b.get(key, 'not set')} here"
         for key in sorted({**a, **b})
         if a.get(key) != b.get(key) and key.rpartition(".")[2] not in _FREE_OF_CONSEQUENCE
     ]
+
+
+def hparams_of(config: Mapping[str, Any] | None) -> dict[str, Any]:
+    """A configured class as one flat dictionary, in Lightning's own form for checkpoints."""
+    if not config:
+        return {}
+    return {"_class_path": config["class_path"], **config.get("init_args", {}), **config.get("dict_kwargs", {})}
 
 
 def write_config(run: Path, text: str) -> None:
@@ -95,11 +118,12 @@ def write_config(run: Path, text: str) -> None:
     os.replace(draft, path)
 
 
-def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of every leaf, without Lightning's note on how to rebuild a module."""
     for key, value in tree.items():
         if key == "_instantiator":
             continue
         if isinstance(value, Mapping):
-            yield from _flatten(value, f"{prefix}{key}.")
+            yield from flatten(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value

@@ -14,8 +14,8 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # Lowest first: a file imports from its own layer's package and from lower ones.
 LAYERS = [
-    {"optim", "batch_norm", "networks", "micro_batches"},
-    {"module", "data", "callbacks", "run_directory"},
+    {"optim", "batch_norm", "networks", "micro_batches", "lr_schedules", "run_directory"},
+    {"module", "data", "callbacks"},
     {"classifier"},
     {"cli"},
     {"__main__"},

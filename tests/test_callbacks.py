@@ -7,9 +7,16 @@ import pytest
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.metadata import (
+    parse_experiment_plugin_data,
+    parse_session_start_info_plugin_data,
+)
 
-from regression import Regression, loader
-from sam_lightning.callbacks import FinalMetrics, RandomStates, WeightHistograms
+from regression import SAM_SGD, Regression, loader
+from sam_lightning.callbacks import HyperparameterPage, RandomStates, WeightHistograms
+from sam_lightning.classifier import ImageClassifier
+from sam_lightning.data import Digits
+from sam_lightning.networks import digits_cnn
 
 
 def events(folder):
@@ -35,21 +42,23 @@ def test_a_wrong_name_is_refused_with_the_nearest(trainer):
         WeightHistograms([], every_n_epochs=0)
 
 
-def test_final_metrics_reach_the_hyperparameters_page(trainer, tmp_path):
-    class Tested(Regression):
-        def test_step(self, batch, batch_idx):
-            self.log("test/loss", self.loss(batch))
-
-    module = Tested()
-    module.save_hyperparameters({"rho": 0.1, "nested": {"lr": 0.05}, "_instantiator": "x"})
-    logger = TensorBoardLogger(tmp_path, name="", version="", default_hp_metric=False)
-    trainer(logger=logger, callbacks=[FinalMetrics()]).test(module, loader(), verbose=False)
-    logger.finalize("success")
-    assert "test/loss" in events(tmp_path).Tags()["scalars"]
-    plugin = events(tmp_path).summary_metadata["_hparams_/session_start_info"].plugin_data.content
-    assert b"rho" in plugin
-    assert b"nested/lr" in plugin
-    assert b"_instantiator" not in plugin
+def test_the_page_of_hyperparameters_shows_settings_and_metrics(trainer, tmp_path):
+    """As TensorBoard reads them, after a fit and a test with files of their own."""
+    for stage in ("fit", "test"):
+        module = ImageClassifier(digits_cnn(width=4), SAM_SGD)
+        module.save_hyperparameters({"rho": 0.1, "nested": {"lr": 0.05}, "_instantiator": "x"})
+        logger = TensorBoardLogger(tmp_path, name="", version="", default_hp_metric=False)
+        run = trainer(logger=logger, callbacks=[HyperparameterPage()])
+        getattr(run, stage)(module, datamodule=Digits())
+    summaries = events(tmp_path).summary_metadata
+    experiment = parse_experiment_plugin_data(summaries["_hparams_/experiment"].plugin_data.content)
+    names = [info.name.tag for info in experiment.metric_infos]
+    assert names == ["test/accuracy", "val/accuracy", "test/loss", "val/loss"]
+    start = parse_session_start_info_plugin_data(summaries["_hparams_/session_start_info"].plugin_data.content)
+    assert {"rho", "nested.lr", "data.batch_size"} <= set(start.hparams)
+    assert not [name for name in start.hparams if "_instantiator" in name]
+    accumulator = events(tmp_path)
+    assert len(accumulator.Scalars("val/accuracy")) == len(accumulator.Scalars("test/accuracy")) == 1
 
 
 def test_random_states_round_trip_through_a_safe_checkpoint(trainer, tmp_path):

@@ -30,6 +30,15 @@ def test_metrics_are_those_of_the_whole_set(trainer):
     assert result["test/accuracy"] == pytest.approx((logits.argmax(1) == data._test.labels).double().mean().item())
 
 
+def test_a_batch_that_is_not_a_number_is_not_left_out(trainer):
+    class Broken(ImageClassifier):
+        def forward(self, images):
+            return super().forward(images) * (float("nan") if len(images) == 10 else 1)
+
+    (result,) = trainer().test(Broken(digits_cnn(width=8), OPTIMIZER), Digits(batch_size=50), verbose=False)
+    assert result["test/loss"] != result["test/loss"]
+
+
 def test_label_smoothing_is_for_training_only():
     module = make(label_smoothing=0.2)
     x, y = torch.randn(6, 1, 8, 8), torch.arange(6)

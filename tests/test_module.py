@@ -6,12 +6,13 @@ from functools import partial
 
 import pytest
 import torch
+from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.plugins import MixedPrecision
 from torch.optim.lr_scheduler import CosineAnnealingLR, StepLR
 
 from regression import SAM_SGD, SGD, Regression, assert_same, bare_loop, loader, make_network, resumable, state_of
-from sam_lightning import ASAM
+from sam_lightning import ASAM, SAM
 from sam_lightning.callbacks import RandomStates
 
 ASAM_SGD = partial(ASAM, base=SGD, rho=0.5)
@@ -99,22 +100,21 @@ def test_reduce_on_plateau_sees_the_validation(trainer):
         trainer().fit(Regression(lr_scheduler=plateau), loader())
 
 
-def test_logs_are_gated_and_named(trainer):
+def test_logs_are_gated_and_named(trainer, monkeypatch):
     logged = {}
 
     class Listening(Regression):
-        def log(self, name, value, **options):
-            if not self._is_second_pass:
-                batch = self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
-                logged.setdefault(name, []).append((batch, float(value)))
-
         def loss(self, batch):
             loss = super().loss(batch)
             self.log("own", loss.detach())
             return loss
 
-    module = Listening(gradient_clip_norm=1e-3)
-    trainer(log_every_n_steps=3).fit(module, loader())
+    def listen(module, name, value, **options):
+        batch = module.trainer.fit_loop.epoch_loop.batch_progress.current.ready
+        logged.setdefault(name, []).append((batch, float(value)))
+
+    monkeypatch.setattr(LightningModule, "log", listen)
+    trainer(log_every_n_steps=3).fit(Listening(gradient_clip_norm=1e-3), loader())
     for name in ("train/loss", "train/loss_perturbed", "train/grad_norm", "lr"):
         assert [step for step, _ in logged[name]] == [3, 6], name
     assert len(logged["own"]) == 8  # once per batch, not per pass
@@ -139,7 +139,7 @@ def test_bf16_mixed_perturbs_in_float32(trainer):
 
     class Watching(Regression):
         def loss(self, batch):
-            seen.append((self._is_second_pass, [p.detach().clone() for p in self.parameters()]))
+            seen.append((self.is_second_pass, [p.detach().clone() for p in self.parameters()]))
             return super().loss(batch)
 
     trainer(precision="bf16-mixed", max_steps=1).fit(Watching(), loader())
@@ -149,19 +149,20 @@ def test_bf16_mixed_perturbs_in_float32(trainer):
     assert length.item() == pytest.approx(0.1, rel=1e-4)
 
 
-def half_precision(**options):
-    return MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=1024.0, **options))
+def half_precision(scale=1024.0, growth_interval=2000):
+    scaler = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=growth_interval)
+    return MixedPrecision("16-mixed", "cpu", scaler)
 
 
-@pytest.mark.parametrize("growth_interval", [2000, 1])  # 1: another scale in every step
-def test_fp16_scaling_equals_the_bare_loop_with_a_scaler(trainer, growth_interval):
+@pytest.mark.parametrize(("scale", "growth_interval"), [(1024.0, 2000), (2.0, 1)], ids=["constant", "growing"])
+def test_fp16_scaling_equals_the_bare_loop_with_a_scaler(trainer, scale, growth_interval):
     module = Regression(gradient_clip_norm=0.05)
-    plugin = half_precision(growth_interval=growth_interval)
+    plugin = half_precision(scale, growth_interval)
     fit = trainer(plugins=[plugin], log_every_n_steps=1)
     fit.fit(module, loader())
 
     network = make_network()
-    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=growth_interval)
+    scaler = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=growth_interval)
     optimizer = SAM_SGD(list(network.parameters()))
     norms = []
     for x, y in loader():
@@ -190,7 +191,7 @@ def test_an_overflow_in_either_pass_skips_the_step(trainer, bad_pass, factory):
     class Overflowing(Regression):
         def loss(self, batch):
             loss = super().loss(batch)
-            overflows = self.global_step == 3 and self._is_second_pass == (bad_pass == 2)
+            overflows = self.global_step == 3 and self.is_second_pass == (bad_pass == 2)
             return loss + (0 * self.network[0].weight.sum() * math.inf if overflows else 0)
 
     plugin, recorder = half_precision(), Recorder()
@@ -206,6 +207,54 @@ def test_an_overflow_in_either_pass_skips_the_step(trainer, bad_pass, factory):
     assert fit.global_step == 8
 
 
+@pytest.mark.parametrize("bad_pass", [1, 2])
+@pytest.mark.parametrize("stats", ["first", "both"])
+@pytest.mark.parametrize("factory", [SGD, SAM_SGD], ids=["sgd", "sam"])
+def test_an_overflow_of_activations_leaves_no_trace(trainer, bad_pass, stats, factory):
+    class Overflowing(Regression):
+        def loss(self, batch):
+            x, y = batch
+            overflows = self.global_step == 3 and self.is_second_pass == (bad_pass == 2)
+            return super().loss((x * 1e6 if overflows else x, y))
+
+    plugin, recorder = half_precision(), Recorder()
+    trainer(plugins=[plugin], callbacks=[recorder]).fit(Overflowing(factory, batch_norm_stats=stats), loader())
+    assert all(value.isfinite().all() for value in recorder.states[-1].values())
+    if bad_pass == 1 or factory is SAM_SGD:
+        assert_same(recorder.states[3], recorder.states[2])
+        assert plugin.scaler.get_scale() == 512
+    assert recorder.states[-1]["network.1.num_batches_tracked"] > 3
+
+
+def test_clipping_does_not_hang_on_a_hook(trainer):
+    class Hooked(Regression):
+        def on_before_optimizer_step(self, optimizer):
+            """A user's own, without super()."""
+
+    module = Hooked(partial(SAM, base=partial(torch.optim.SGD, lr=1.0)), gradient_clip_norm=1e-6)
+    before = state_of(module)
+    trainer(max_steps=1).fit(module, loader())
+    moved = torch.cat([(p - before[n]).flatten() for n, p in module.named_parameters()]).norm()
+    assert 0 < moved.item() < 2e-6  # 1e-6 but for the rounding of weights near 1
+
+
+def test_schedulers_of_ones_own_keep_their_interval_and_frequency(trainer):
+    class Own(Regression):
+        def configure_optimizers(self):
+            optimizer = SAM_SGD(self.named_parameters())
+            scheduler = StepLR(optimizer, 1, 0.5)
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, **schedule}}
+
+    for schedule, expected in (
+        ({"interval": "step"}, [0.05 * 0.5**n for n in range(1, 9)]),
+        ({"interval": "step", "frequency": 3}, [0.05] * 2 + [0.025] * 3 + [0.0125] * 3),
+        ({"interval": "epoch"}, [0.05] * 7 + [0.025]),
+    ):
+        recorder = Recorder()
+        trainer(callbacks=[recorder]).fit(Own(), loader())
+        assert recorder.rates == pytest.approx(expected), schedule
+
+
 @pytest.mark.parametrize("error", [RuntimeError("boom"), KeyboardInterrupt(), torch.OutOfMemoryError("full")])
 def test_an_error_in_the_second_pass_leaves_the_weights(trainer, error):
     before = {}
@@ -213,7 +262,7 @@ def test_an_error_in_the_second_pass_leaves_the_weights(trainer, error):
     class Failing(Regression):
         def loss(self, batch):
             if self.global_step == 2:
-                if self._is_second_pass:
+                if self.is_second_pass:
                     raise error
                 before.update(state_of(self))
             return super().loss(batch)
@@ -226,7 +275,7 @@ def test_an_error_in_the_second_pass_leaves_the_weights(trainer, error):
         if "running" in name or "tracked" in name:  # the first pass has moved them
             continue
         assert torch.equal(value, after[name]), name
-    assert not module._is_second_pass
+    assert not module.is_second_pass
 
 
 @pytest.mark.parametrize("factory", [SGD, SAM_SGD, ASAM_SGD], ids=["sgd", "sam", "asam"])

@@ -19,8 +19,8 @@ class ASAM(SharpnessAware):
 
     Two methods are published under this name, with directions that can differ widely:
 
-    - `normalize_bias=False, eta=0.01` (default): the ASAM authors' code. Biases keep T = 1 and so move by
-      absolute amounts.
+    - `normalize_bias=False, eta=0.01` (default): the ASAM authors' code, for layers whose parameters are
+      called weight and bias. Biases keep T = 1 and so move by absolute amounts.
     - `normalize_bias=True, eta=0.0`: T = |w| for every parameter. Only this one leaves the perturbed loss
       of a ReLU network unchanged when its layers are rescaled; a parameter that is 0 never moves.
 
@@ -75,12 +75,6 @@ class ASAM(SharpnessAware):
         Tg = torch._foreach_mul(T, grads)
         unit = divide_by_norm(list(Tg), global_norm(list(Tg)))
         return list(torch._foreach_mul(T, unit))  # last: T^2 g may be beyond half precision
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a group; its parameters must be named if biases are told apart."""
-        super().add_param_group(param_group)
-        if not self.normalize_bias:
-            self._biases()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "eta": self.eta, "normalize_bias": self.normalize_bias}

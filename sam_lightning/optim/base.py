@@ -139,15 +139,16 @@ class SharpnessAware(Optimizer, ABC):
         for group in self.param_groups:
             weights = [p for p in group["params"] if p.grad is not None]
             found = found or bool(weights)
+            rho = check_radius("rho", group["rho"])
+            if rho == 0 or not weights:
+                continue
+            groups.append((rho, weights))
             for weight in weights:
                 if weight.grad.layout != torch.strided:
                     raise RuntimeError(
                         f"sparse gradients cannot be perturbed, got one for a parameter of shape "
-                        f"{tuple(weight.shape)}: make its layer with sparse=False."
+                        f"{tuple(weight.shape)}: make its layer with sparse=False, or give its group rho=0."
                     )
-            rho = check_radius("rho", group["rho"])
-            if rho > 0 and weights:
-                groups.append((rho, weights))
         if not found:
             raise RuntimeError("no parameter has a gradient: call backward() before perturbed().")
         return groups
