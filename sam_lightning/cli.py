@@ -1,12 +1,12 @@
 """The command line: `sam-lightning fit | validate | test | predict`."""
 
+import logging
 import sys
 import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
-from jsonargparse import Namespace
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -24,6 +24,8 @@ from sam_lightning.run_directory import (
     find_checkpoint,
     hparams_of,
     read_checkpoint,
+    run_name,
+    with_run_config,
     write_config,
 )
 
@@ -52,11 +54,13 @@ class CLI(LightningCLI):
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
         if subcommand != "fit":  # Lightning would evaluate an untrained network without a word
             parser.set_defaults({"ckpt_path": "last"})
+        if subcommand in ("validate", "test"):
+            parser.set_defaults({"verbose": False})  # the report says it
         return parser
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parses; a command that names a run and no configuration gets the run's own."""
-        arguments = _with_run_config(sys.argv[1:] if args is None else list(args))
+        arguments = with_run_config(sys.argv[1:] if args is None else list(args))
         self.config = parser.parse_args(arguments)
 
     def _parse_ckpt_path(self) -> None:
@@ -66,7 +70,7 @@ class CLI(LightningCLI):
         """Settles the run directory and the checkpoint."""
         config = self.config[self.subcommand]
         if config.trainer.default_root_dir is None:
-            config.trainer.default_root_dir = str(Path("runs") / _run_name(config))
+            config.trainer.default_root_dir = str(Path("runs") / run_name(config))
         self.run = Path(config.trainer.default_root_dir)
         if config.ckpt_path:
             path = find_checkpoint(self.run, config.ckpt_path)
@@ -95,6 +99,7 @@ class CLI(LightningCLI):
         """Builds model, data and trainer, and the optimizer once: its errors come before the data's load."""
         try:
             super().instantiate_classes()
+            self._refuse_options_of_automatic_optimization()
             # A module that makes its own may need the trainer, which it has only later.
             own = type(self.model).configure_optimizers is not SharpnessAwareModule.configure_optimizers
             if self.subcommand == "fit" and not own and list(self.model.parameters()):
@@ -107,6 +112,31 @@ class CLI(LightningCLI):
             if module is not None:
                 instantiator = {"_instantiator": "lightning.pytorch.cli.instantiate_module"}
                 module.save_hyperparameters({**hparams_of(self.config_dump[key]), **instantiator})
+
+    def _refuse_options_of_automatic_optimization(self) -> None:
+        """Lightning would advise to switch to automatic optimization, which cannot run SAM."""
+        if isinstance(self.model, SharpnessAwareModule):
+            for option, usual, instead in (
+                ("gradient_clip_val", None, "--model.gradient_clip_norm"),
+                ("accumulate_grad_batches", 1, "--model.accumulate, which cuts each batch into micro-batches"),
+            ):
+                value = self._get(self.config_init, f"trainer.{option}")
+                if value != usual:
+                    raise ValueError(f"--trainer.{option} {value} does not apply here: use {instead}.")
+
+    def fit(self, **kwargs: Any) -> None:
+        """Trains; says how to go on after an interruption."""
+        try:
+            self.trainer.fit(**kwargs)
+        except SystemExit:  # what Lightning makes of Ctrl-C
+            saved = any((self.run / CHECKPOINTS).glob("*.ckpt"))
+            how = (
+                f"go on with: sam-lightning fit --ckpt_path {self.run}"
+                if saved
+                else "no epoch was finished, none saved"
+            )
+            print(f"interrupted: {how}", file=sys.stderr)
+            raise
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Builds the trainer, with TensorBoard in the run directory unless another logger is configured."""
@@ -140,6 +170,8 @@ class CLI(LightningCLI):
         for name in sorted(metrics):
             if name.partition("/")[0] in ("val", "test"):
                 print(f"{name.replace('/', ' '):<15}{metrics[name].item():.4f}")
+        if self.subcommand != "fit":
+            print(f"{'checkpoint':<15}{self.config[self.subcommand].ckpt_path}")
         print(f"{'run':<15}{self.run}")
         checkpoints = sorted((self.run / CHECKPOINTS).glob("*.ckpt"))
         if checkpoints:
@@ -162,6 +194,7 @@ def main(args: list[str] | None = None) -> CLI:
     """
     # Lightning 2.6 under newer torch: nothing a user could act on.
     warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\)", category=FutureWarning)
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_advertisement)
     try:
         return CLI(
             LightningModule,
@@ -179,29 +212,11 @@ def main(args: list[str] | None = None) -> CLI:
         )
     except (CheckpointError, DataError, SettingsError) as error:
         sys.exit(f"sam-lightning: error: {error}")
+    except RuntimeError as error:
+        if "Error(s) in loading state_dict" not in str(error):
+            raise
+        sys.exit(f"sam-lightning: error: the checkpoint is of another network. {error}")
 
 
-def _with_run_config(args: list[str]) -> list[str]:
-    """The arguments, with the run's `config.yaml` beneath them if they name a run and no configuration."""
-    given = [arg.partition("=")[0] for arg in args]
-    if "--ckpt_path" not in given or {"-c", "--config", "--model"} & set(given):
-        return args
-    at = given.index("--ckpt_path")
-    value = args[at].partition("=")[2] or "".join(args[at + 1 : at + 2])
-    if value in ("", "last", "best", "null"):
-        return args
-    path = Path(value)
-    run = path if path.is_dir() else path.parent.parent
-    if not (run / CONFIG).is_file():
-        return args
-    return [args[0], "--config", str(run / CONFIG), "--trainer.default_root_dir", str(run), *args[1:]]
-
-
-def _run_name(config: Namespace) -> str:
-    """`<data>-<optimizer>-seed<seed>`, in lower case; the model's name where it has no optimizer."""
-    names = [
-        config.get("data.class_path"),
-        config.get("model.init_args.optimizer.class_path", config.model.class_path),
-    ]
-    words = [name.rpartition(".")[2].lower() for name in names if name]
-    return "-".join([*words, f"seed{config.seed_everything}"])
+def _is_no_advertisement(record: logging.LogRecord) -> bool:
+    return "litlogger" not in record.getMessage()

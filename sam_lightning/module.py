@@ -1,27 +1,24 @@
 """The double forward-backward of sharpness-aware minimization, in Lightning's manual optimization."""
 
-import math
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.core.optimizer import LightningOptimizer
-from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from sam_lightning.batch_norm import RunningStats, frozen_running_stats
-from sam_lightning.lr_schedules import step_plateaus, step_schedulers
+from sam_lightning.lr_schedules import step_schedulers
+from sam_lightning.manual import ManualOptimization
 from sam_lightning.micro_batches import MicroBatch, split_batch
 from sam_lightning.optim import Params, SharpnessAware, global_norm
 
 
-class SharpnessAwareModule(LightningModule):
+class SharpnessAwareModule(ManualOptimization):
     """A LightningModule that trains with SAM, ASAM, or any plain torch optimizer.
 
     A subclass gives `loss(batch)` and never sees the two passes:
@@ -71,28 +68,31 @@ class SharpnessAwareModule(LightningModule):
         batch_norm_stats: Literal["first", "both"] = "first",
         sync_perturbation: bool = False,
     ) -> None:
-        super().__init__()
+        super().__init__(gradient_clip_norm)
         for name, value, allowed in (
             ("lr_scheduler_interval", lr_scheduler_interval, ("epoch", "step")),
             ("batch_norm_stats", batch_norm_stats, ("first", "both")),
         ):
             if value not in allowed:
                 raise ValueError(f"{name} must be one of {allowed}, got {value!r}.")
-        if gradient_clip_norm is not None and not gradient_clip_norm > 0:
-            raise ValueError(f"gradient_clip_norm must be > 0 or None, got {gradient_clip_norm!r}.")
         if not isinstance(accumulate, int) or accumulate < 1:
             raise ValueError(f"accumulate must be an integer >= 1, got {accumulate!r}.")
-        self.automatic_optimization = False
         self.lr_scheduler_interval = lr_scheduler_interval
-        self.gradient_clip_norm = gradient_clip_norm
         self.accumulate = accumulate
         self.batch_norm_stats = batch_norm_stats
         self.sync_perturbation = sync_perturbation
         self._make_optimizer = optimizer
         self._make_lr_scheduler = lr_scheduler
         self.is_second_pass = False  # whether `loss` runs at w + e
-        self._clips: Optimizer | None = None
-        self._epoch_losses: list[Tensor | float] = []  # left on the device until the epoch ends
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Refuses a subclass with a `training_step`: it would replace the double forward-backward unseen."""
+        super().__init_subclass__(**kwargs)
+        if "training_step" in cls.__dict__:
+            raise TypeError(
+                f"{cls.__name__} must not define training_step: its loss computation belongs into "
+                "loss(batch) -> Tensor, and SharpnessAwareModule takes the step."
+            )
 
     # What a subclass gives.
 
@@ -154,10 +154,6 @@ class SharpnessAwareModule(LightningModule):
                 self.manual_backward(loss if factor is None else loss * factor)
         return torch.stack(total).sum()
 
-    def _without_sync(self) -> AbstractContextManager[None]:
-        strategy = self.trainer.strategy
-        return strategy.block_backward_sync() if isinstance(strategy, ParallelStrategy) else nullcontext()
-
     @contextmanager
     def _second_pass(self) -> Iterator[None]:
         stats = frozen_running_stats(self) if self.batch_norm_stats == "first" else nullcontext()
@@ -168,7 +164,7 @@ class SharpnessAwareModule(LightningModule):
         finally:
             self.is_second_pass = False
 
-    # Loss scaling, clipping, schedulers.
+    # Loss scaling and the optimizer.
 
     @property
     def _scaler(self) -> torch.amp.GradScaler | None:
@@ -182,20 +178,6 @@ class SharpnessAwareModule(LightningModule):
         """
         return None if self._scaler is None or norm is None else 1 + 0 * norm
 
-    def _clip_before_step_of(self, optimizer: Optimizer) -> None:
-        """Has the gradient clipped that descends, in the step itself: loss scaling has been undone by then.
-
-        Not in a hook of Lightning's, which a subclass could override and so switch off clipping unseen.
-        """
-        if self.gradient_clip_norm is not None and self._clips is not optimizer:
-            optimizer.register_step_pre_hook(self._clip)
-            self._clips = optimizer
-
-    def _clip(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        assert self.gradient_clip_norm is not None
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        torch.nn.utils.clip_grad_norm_(parameters, self.gradient_clip_norm)
-
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimizer, and its scheduler if there is one; `training_step` steps the scheduler."""
         optimizer = self._make_optimizer(self.parameter_groups())
@@ -206,14 +188,6 @@ class SharpnessAwareModule(LightningModule):
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": scheduler, "interval": self.lr_scheduler_interval},
         }
-
-    def on_train_epoch_end(self) -> None:
-        """Logs the epoch's mean loss and steps `ReduceLROnPlateau`."""
-        if self._epoch_losses:
-            mean = math.fsum(map(float, self._epoch_losses)) / len(self._epoch_losses)
-            self.log("train/loss_epoch", mean, sync_dist=True)
-            self._epoch_losses.clear()
-        step_plateaus(self.trainer)
 
     # Logging: a `self.log` costs 0.3 ms on the host, so the step logs every `log_every_n_steps` batches.
 
@@ -239,30 +213,6 @@ class SharpnessAwareModule(LightningModule):
         """Lightning's `log`, silent in the second pass: what `loss` logs is the first pass's."""
         if not self.is_second_pass:
             super().log(*args, **kwargs)
-
-    # Data parallel and resume.
-
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Has the running statistics broadcast."""
-        self._broadcast_buffers()
-
-    def on_validation_start(self) -> None:
-        """Has the running statistics broadcast."""
-        self._broadcast_buffers()
-
-    def _broadcast_buffers(self) -> None:
-        # In manual optimization Lightning leaves DistributedDataParallel in a state in which it never
-        # broadcasts buffers: every process would validate with running statistics of its own.
-        if isinstance(self.trainer.strategy.model, DistributedDataParallel):
-            self.trainer.strategy.model.require_forward_param_sync = True
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds the losses of the epoch so far, so that a resumed epoch has the same mean."""
-        checkpoint["epoch_losses"] = [float(loss) for loss in self._epoch_losses]
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restores the losses of the epoch so far."""
-        self._epoch_losses = list(checkpoint.get("epoch_losses", []))
 
 
 def _grads(optimizer: Optimizer) -> list[Tensor]:

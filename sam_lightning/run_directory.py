@@ -38,10 +38,12 @@ def find_checkpoint(run: Path, which: str) -> Path:
             f"--ckpt_path {which}: no such file. Give last, best, a run directory, or a checkpoint file."
         )
     folder = run / CHECKPOINTS
-    found = sorted(folder.glob("last*.ckpt"), key=lambda path: path.stat().st_mtime_ns)
+    # Without a ModelCheckpoint with save_last, the newest of all is the last.
+    files = list(folder.glob("last*.ckpt")) or list(folder.glob("*.ckpt"))
+    found = sorted(files, key=lambda path: path.stat().st_mtime_ns)
     if not found:
         raise CheckpointError(
-            f"--ckpt_path {which}: no last*.ckpt in {folder.resolve()}. Run `fit` first, or name the run by "
+            f"--ckpt_path {which}: no checkpoint in {folder.resolve()}. Run `fit` first, or name the run by "
             "--trainer.default_root_dir."
         )
     if which == "last":
@@ -127,3 +129,29 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
             yield from flatten(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
+
+
+def with_run_config(args: list[str]) -> list[str]:
+    """The arguments, with the run's `config.yaml` beneath them if they name a run and no configuration."""
+    given = [arg.partition("=")[0] for arg in args]
+    if "--ckpt_path" not in given or {"-c", "--config", "--model"} & set(given):
+        return args
+    at = given.index("--ckpt_path")
+    value = args[at].partition("=")[2] or "".join(args[at + 1 : at + 2])
+    if value in ("", "last", "best", "null"):
+        return args
+    path = find_checkpoint(Path(), value)
+    run = path.parent.parent
+    if not (run / CONFIG).is_file():
+        raise CheckpointError(f"--ckpt_path {value}: no {CONFIG} in {run.resolve()}. Give the configuration by -c.")
+    return [args[0], "--config", str(run / CONFIG), "--trainer.default_root_dir", str(run), *args[1:]]
+
+
+def run_name(config: Any) -> str:
+    """`<data>-<optimizer>-seed<seed>`, in lower case; the model's name where it has no optimizer."""
+    names = [
+        config.get("data.class_path"),
+        config.get("model.init_args.optimizer.class_path", config.model.class_path),
+    ]
+    words = [name.rpartition(".")[2].lower() for name in names if name]
+    return "-".join([*words, f"seed{config.seed_everything}"])

@@ -15,7 +15,8 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # Lowest first: a file imports from its own layer's package and from lower ones.
 LAYERS = [
     {"optim", "batch_norm", "networks", "micro_batches", "lr_schedules", "run_directory"},
-    {"module", "data", "callbacks"},
+    {"manual", "data", "callbacks"},
+    {"module"},
     {"classifier"},
     {"cli"},
     {"__main__"},
@@ -66,4 +67,4 @@ def test_public_names():
 
 def test_files_fit_in_the_head():
     for path in FILES:
-        assert len(path.read_text().splitlines()) <= 270, path
+        assert len(path.read_text().splitlines()) <= 240, path

@@ -57,7 +57,9 @@ def test_fit_then_test_name_what_came_out(capsys):
     tested = main(["test", *BASE, "--model.optimizer", f"{ROOT}/configs/optimizers/sam.yaml", *QUICK])
     assert_same(state_of(tested.model.network), state_of(trained.model.network))
     accuracy = tested.trainer.callback_metrics["test/accuracy"].item()
-    assert f"test accuracy  {accuracy:.4f}\n" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert f"test accuracy  {accuracy:.4f}\n" in out
+    assert "checkpoint     runs/digits-sam-seed1/checkpoints/last.ckpt\n" in out
 
 
 def test_a_run_directory_is_enough(capsys):
@@ -111,7 +113,7 @@ def test_resuming_with_other_settings_is_refused(capsys):
 @pytest.mark.parametrize("which", ["last", "best"])
 def test_a_checkpoint_that_is_not_there_is_an_error(capsys, which):
     said = fails(capsys, "test", *BASE, "--model.optimizer", "SGD", "--model.optimizer.lr", "0.1", "--ckpt_path", which)
-    assert f"--ckpt_path {which}: no last*.ckpt in {Path.cwd()}/runs/digits-sgd-seed1/checkpoints" in said
+    assert f"--ckpt_path {which}: no checkpoint in {Path.cwd()}/runs/digits-sgd-seed1/checkpoints" in said
     assert "Run `fit` first" in said
 
 
@@ -119,6 +121,13 @@ def test_damaged_and_foreign_checkpoints_are_refused(capsys):
     Path("damaged.ckpt").write_bytes(b"not a checkpoint")
     said = fails(capsys, "fit", *BASE, "--model.optimizer", "SGD", *QUICK, "--ckpt_path", "damaged.ckpt")
     assert "damaged.ckpt is damaged or no checkpoint" in said
+    assert "absent.ckpt: no such file" in fails(capsys, "test", "--ckpt_path", "absent.ckpt")
+    assert "no config.yaml in" in fails(capsys, "test", "--ckpt_path", "damaged.ckpt")
+    fit()
+    said = fails(capsys, "test", "--ckpt_path", "runs/digits-sam-seed1", "--model.network.init_args.width", "16")
+    assert "the checkpoint is of another network" in said
+    assert "size mismatch" in said
+    assert "Traceback" not in said
     assert "no such file" in fails(capsys, "test", *BASE, "--model.optimizer", "SGD", "--ckpt_path", "absent.ckpt")
 
 
@@ -165,6 +174,8 @@ def test_checkpoints_hold_primitives_only():
         (["--trainer.max_epoch", "3"], "max_epoch"),
         (["--model.optimizer.init_args.rho", "-1"], "rho must be a finite number >= 0, got -1"),
         (["--model.optimizer.init_args.base.init_args.lr", "-1"], "Invalid learning rate: -1"),
+        (["--trainer.gradient_clip_val", "1.0"], "use --model.gradient_clip_norm"),
+        (["--trainer.accumulate_grad_batches", "4"], "use --model.accumulate"),
         (["--model.accumulate", "0"], "accumulate must be an integer >= 1, got 0"),
         (["--model.batch_norm_stats", "none"], "batch_norm_stats"),
         (["--data.batch_size", "0"], "batch_size"),
@@ -213,6 +224,37 @@ def test_a_users_own_module_and_data(capsys):
     assert own.model.width == 5
     assert own.run == Path("runs/owndata-sam-seed1")
     assert own.trainer.global_step == 8
+    assert [path.name for path in (own.run / "checkpoints").iterdir()] == ["epoch=0-step=8.ckpt"]
+    again = main(["fit", "--ckpt_path", str(own.run), "--trainer.max_epochs", "2"])
+    assert again.trainer.global_step == 16
+
+
+def test_a_module_in_the_current_folder_is_found_and_interruptions_say_how_to_go_on():
+    Path("mine.py").write_text(
+        "import os, signal\n"
+        "from sam_lightning.classifier import ImageClassifier\n"
+        "class Interrupted(ImageClassifier):\n"
+        "    def loss(self, batch):\n"
+        "        if self.trainer.current_epoch == 1: os.kill(os.getpid(), signal.SIGINT)\n"
+        "        return super().loss(batch)\n"
+    )
+    script = Path(sys.executable).with_name("sam-lightning")
+    words = [
+        script,
+        "fit",
+        *BASE,
+        "--model",
+        "mine.Interrupted",
+        "--model.network",
+        "sam_lightning.networks.digits_cnn",
+    ]
+    words += ["--model.optimizer", f"{ROOT}/configs/optimizers/sam.yaml", *QUICK]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert (
+        done.stderr.splitlines()[-1] == "interrupted: go on with: sam-lightning fit --ckpt_path runs/digits-sam-seed1"
+    )
+    assert "Traceback" not in done.stderr
 
 
 def test_predictions_are_saved():
@@ -227,5 +269,5 @@ def test_a_fresh_process_exits_with_a_code():
     words = [sys.executable, "-m", "sam_lightning", "test", *BASE, "--model.optimizer", "SGD"]
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     assert done.returncode == 1
-    assert done.stderr.splitlines()[-1].startswith("sam-lightning: error: --ckpt_path last: no last*.ckpt in")
+    assert done.stderr.splitlines()[-1].startswith("sam-lightning: error: --ckpt_path last: no checkpoint in")
     assert "Traceback" not in done.stderr

@@ -226,6 +226,14 @@ def test_an_overflow_of_activations_leaves_no_trace(trainer, bad_pass, stats, fa
     assert recorder.states[-1]["network.1.num_batches_tracked"] > 3
 
 
+def test_a_leftover_training_step_is_refused():
+    with pytest.raises(TypeError, match=r"Ported must not define training_step: .* loss\(batch\)"):
+
+        class Ported(Regression):
+            def training_step(self, batch, batch_idx):
+                return self.loss(batch)
+
+
 def test_clipping_does_not_hang_on_a_hook(trainer):
     class Hooked(Regression):
         def on_before_optimizer_step(self, optimizer):
