@@ -28,12 +28,16 @@ def make_files(per_batch: int = 20) -> dict[str, bytes]:
     return files
 
 
-def make_archive(files: dict[str, bytes], prefix: str = BASE) -> bytes:
+def make_archive(files: dict[str, bytes], prefix: str = BASE, links: dict[str, str] | None = None) -> bytes:
+    """A gzipped tar of the files under `prefix`; those in `links` are symbolic links to what it names."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
         for name, content in files.items():
             entry = tarfile.TarInfo(f"{prefix}/{name}")
-            entry.size = len(content)
+            if links and name in links:
+                entry.type, entry.linkname = tarfile.SYMTYPE, links[name]
+            else:
+                entry.size = len(content)
             archive.addfile(entry, io.BytesIO(content))
     return buffer.getvalue()
 

@@ -48,7 +48,7 @@ def test_a_download_adds_only_what_is_missing(fake_files, fake_cifar10, monkeypa
     assert (fake_cifar10 / BASE / "test_batch").read_bytes() == fake_files["test_batch"]
 
 
-@pytest.mark.parametrize("fault", ["404", "truncated", "wrong", "refused", "escaping", "incomplete"])
+@pytest.mark.parametrize("fault", ["404", "truncated", "wrong", "refused", "escaping", "incomplete", "link"])
 @pytest.mark.parametrize("root_exists", [False, True])
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # the broken connection's own
 def test_a_failed_download_leaves_nothing(fake_files, tmp_path, monkeypatch, fault, root_exists):
@@ -60,6 +60,8 @@ def test_a_failed_download_leaves_nothing(fake_files, tmp_path, monkeypatch, fau
     archive = make_archive(fake_files, prefix="../.." if fault == "escaping" else BASE)
     if fault == "incomplete":
         archive = make_archive({"data_batch_1": fake_files["data_batch_1"]})
+    if fault == "link":
+        archive = make_archive(fake_files, links={"test_batch": str(Path(__file__))})
     body = {"truncated": archive[: len(archive) // 2], "wrong": b"no archive"}.get(fault, archive)
     length = len(archive) if fault == "truncated" else None
     with serving(body, status=404 if fault == "404" else 200, claimed_length=length) as url:
@@ -74,11 +76,11 @@ def test_a_failed_download_leaves_nothing(fake_files, tmp_path, monkeypatch, fau
 
 
 def test_an_interrupted_download_leaves_nothing(fake_files, tmp_path, monkeypatch):
-    def interrupted(self):
-        (Path(self.root) / "half").write_bytes(b"half")
+    def interrupted(url, folder, *_):
+        (folder / "half").write_bytes(b"half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(torchvision.datasets.CIFAR10, "download", interrupted)
+    monkeypatch.setattr("sam_lightning.data.cifar10.download_url", interrupted)
     with pytest.raises(KeyboardInterrupt):
         CIFAR10(root=str(tmp_path / "root")).prepare_data()
     assert everything_in(tmp_path) == []
@@ -86,13 +88,15 @@ def test_an_interrupted_download_leaves_nothing(fake_files, tmp_path, monkeypatc
 
 @pytest.mark.parametrize("faster", ["complete", "partial"])
 def test_a_download_gives_way_to_a_faster_one(fake_files, tmp_path, monkeypatch, faster):
-    def download(self):
-        for folder in (Path(self.root) / BASE, tmp_path / BASE):
-            folder.mkdir()
-            for name in list(fake_files)[: 2 if faster == "partial" and folder.parent == tmp_path else None]:
-                (folder / name).write_bytes(fake_files[name])
+    archive = make_archive(fake_files)
 
-    monkeypatch.setattr(torchvision.datasets.CIFAR10, "download", download)
+    def download(url, folder, filename, _):
+        (folder / filename).write_bytes(archive)
+        (tmp_path / BASE).mkdir()
+        for name in list(fake_files)[: 2 if faster == "partial" else None]:
+            (tmp_path / BASE / name).write_bytes(fake_files[name])
+
+    monkeypatch.setattr("sam_lightning.data.cifar10.download_url", download)
     data = CIFAR10(root=str(tmp_path))
     data.prepare_data()
     assert everything_in(tmp_path) == sorted([BASE, *(f"{BASE}/{name}" for name in fake_files)])

@@ -1,6 +1,7 @@
 """CIFAR-10 through torchvision, held in memory."""
 
 import os
+import shutil
 import tarfile
 from contextlib import suppress
 from http.client import HTTPException
@@ -9,7 +10,7 @@ from tempfile import TemporaryDirectory
 
 import torch
 import torchvision
-from torchvision.datasets.utils import check_integrity
+from torchvision.datasets.utils import check_integrity, download_url
 
 from sam_lightning.data.augment import CropAndFlip
 from sam_lightning.data.images import ImageData, Images, Validation
@@ -151,10 +152,10 @@ class CIFAR10(ImageData):
                 ) from error
             with beside:
                 try:
-                    torchvision.datasets.CIFAR10(beside.name, download=True)
+                    _download(Path(beside.name), missing)
                     self._move(Path(beside.name), missing)
-                # tarfile: what the archive holds; http: what the server says.
-                except (OSError, RuntimeError, EOFError, tarfile.TarError, HTTPException) as error:
+                # tarfile, KeyError: what the archive holds; http: what the server says.
+                except (OSError, RuntimeError, EOFError, KeyError, tarfile.TarError, HTTPException) as error:
                     url = torchvision.datasets.CIFAR10.url
                     raise DataError(
                         f"{self._absent(missing)} The download from {url} failed: {error}. "
@@ -172,6 +173,21 @@ class CIFAR10(ImageData):
         except OSError:  # there is such a folder: some files were there, or another process was faster
             for name in missing:
                 os.replace(unpacked / name, self._folder / name)
+
+
+def _download(folder: Path, names: list[str]) -> None:
+    """Downloads the archive into `folder` and takes the named files, and nothing else, out of it."""
+    cls = torchvision.datasets.CIFAR10
+    download_url(cls.url, folder, cls.filename, cls.tgz_md5)
+    (folder / cls.base_folder).mkdir()
+    with tarfile.open(folder / cls.filename) as archive:
+        for name in names:
+            # Not extractall: torchvision's, before 0.27, follows an archive's paths out of the folder.
+            member = archive.extractfile(f"{cls.base_folder}/{name}")
+            if member is None:
+                raise tarfile.ExtractError(f"{name} is not a file in the archive")
+            with member, (folder / cls.base_folder / name).open("wb") as file:
+                shutil.copyfileobj(member, file)
 
 
 def _find_root(root: str | None) -> tuple[Path, str]:
