@@ -3,16 +3,19 @@
 import logging
 import sys
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.fabric.plugins.io import TorchCheckpointIO
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning_utilities.core.rank_zero import rank_zero_only
 
-from sam_lightning.callbacks import HyperparameterPage, RandomStates
+from sam_lightning.callbacks import EpochHistory, HyperparameterPage, RandomStates
+from sam_lightning.checkpoint_io import AtomicCheckpointIO
 from sam_lightning.classifier import ImageClassifier  # noqa: F401  # so that --model ImageClassifier is found
 from sam_lightning.data import DataError
 from sam_lightning.module import SharpnessAwareModule
@@ -142,7 +145,10 @@ class CLI(LightningCLI):
         """Builds the trainer, with TensorBoard in the run directory unless another logger is configured."""
         if self._get(self.config_init, "trainer.logger") in (None, True):
             kwargs["logger"] = TensorBoardLogger(self.run, name="", version="", default_hp_metric=False)
-        return super().instantiate_trainer(**kwargs)
+        trainer = super().instantiate_trainer(**kwargs)
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # the default: none was configured
+            trainer.strategy.checkpoint_io = AtomicCheckpointIO()
+        return trainer
 
     def after_fit(self) -> None:
         """Says what came out and where it is."""
@@ -183,11 +189,12 @@ class SettingsError(ValueError):
     """A value of the configuration that model, data, optimizer or trainer refuse."""
 
 
-def main(args: list[str] | None = None) -> CLI:
+def main(args: list[str] | None = None, callbacks: Iterable[Callback] = ()) -> CLI:
     """Runs one command.
 
     Args:
         args: The command's words; `None`: those of the process.
+        callbacks: What else watches the training.
 
     Raises:
         SystemExit: With a message and a code other than 0 if the input is bad.
@@ -207,7 +214,7 @@ def main(args: list[str] | None = None) -> CLI:
             parser_kwargs={key: STRICT for key in ("fit", "validate", "test", "predict")} | STRICT,
             save_config_callback=RunConfig,
             save_config_kwargs={"save_to_log_dir": False},
-            trainer_defaults={"callbacks": [RandomStates(), HyperparameterPage()]},
+            trainer_defaults={"callbacks": [RandomStates(), EpochHistory(), HyperparameterPage(), *callbacks]},
             args=args,
         )
     except (CheckpointError, DataError, SettingsError) as error:

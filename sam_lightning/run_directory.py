@@ -1,6 +1,5 @@
 """The directory of one run: its configuration, its checkpoints, and which of them is meant."""
 
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -8,10 +7,12 @@ from typing import Any
 import torch
 import yaml
 
+from sam_lightning.files import replacing
+
 CONFIG = "config.yaml"
 CHECKPOINTS = "checkpoints"
 # Where data lie and how they are read does not change what is trained.
-_FREE_OF_CONSEQUENCE = {"root", "num_workers", "download", "eval_batch_size"}
+FREE_OF_CONSEQUENCE = {"root", "num_workers", "download", "eval_batch_size"}
 
 
 class CheckpointError(RuntimeError):
@@ -95,7 +96,7 @@ def differences(checkpoint: Mapping[str, Any], config: Mapping[str, Any], run_co
     return [
         f"{key}: {a.get(key, 'not set')} in the checkpoint, {b.get(key, 'not set')} here"
         for key in sorted({**a, **b})
-        if a.get(key) != b.get(key) and key.rpartition(".")[2] not in _FREE_OF_CONSEQUENCE
+        if a.get(key) != b.get(key) and key.rpartition(".")[2] not in FREE_OF_CONSEQUENCE
     ]
 
 
@@ -109,15 +110,13 @@ def hparams_of(config: Mapping[str, Any] | None) -> dict[str, Any]:
 def write_config(run: Path, text: str) -> None:
     """Writes the run's configuration; one that it replaces is kept under a number."""
     path = run / CONFIG
-    run.mkdir(parents=True, exist_ok=True)
     if path.exists():
         if path.read_text() == text:
             return
         number = next(n for n in range(1, 10**6) if not (run / f"config.{n}.yaml").exists())
         path.rename(run / f"config.{number}.yaml")
-    draft = path.with_suffix(".tmp")
-    draft.write_text(text)
-    os.replace(draft, path)
+    with replacing(path) as draft:
+        draft.write_text(text)
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

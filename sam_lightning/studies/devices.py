@@ -1,0 +1,31 @@
+"""How many runs at once, and what each of them gets."""
+
+import os
+
+
+def environments(jobs: int | None, jobs_per_device: int, threads: int, accelerator: str) -> list[dict[str, str]]:
+    """The variables of each worker process.
+
+    The threads of a run do not depend on how many run at once: they decide in which order numbers are added, and
+    so the last bits of a result.
+
+    Args:
+        jobs: Runs at once; `None`: as many as there is room for.
+        jobs_per_device: Runs at once on each GPU.
+        threads: CPU threads of each run.
+        accelerator: What the runs ask for; `cpu` leaves GPUs alone.
+    """
+    gpus = [] if accelerator == "cpu" else _gpus()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    room = len(gpus) * jobs_per_device if gpus else max(1, cores // threads)
+    count = room if jobs is None else min(jobs, room) if gpus else jobs
+    shared = {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
+    return [{**shared, **({"CUDA_VISIBLE_DEVICES": gpus[i % len(gpus)]} if gpus else {})} for i in range(count)]
+
+
+def _gpus() -> list[str]:
+    import torch  # seconds, which a dry run need not spend
+
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]
+    return names[: torch.cuda.device_count()]

@@ -1,0 +1,148 @@
+"""Figures of a study, for screen and print: colours that the colour-blind tell apart, and line styles besides."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from sam_lightning.files import replacing
+from sam_lightning.studies.results import Results
+from sam_lightning.studies.spec import Cell, Study, short
+
+# M. Okabe, K. Ito. Color Universal Design. 2008; yellow, which print loses, left out.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
+_LINES = ("-", "--", "-.", ":")
+_STYLE: Any = {
+    "font.size": 9,
+    "axes.grid": True,
+    "grid.alpha": 0.3,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "legend.frameon": False,
+    "pdf.fonttype": 42,  # text stays text
+    "savefig.dpi": 200,
+    "figure.dpi": 100,
+}
+
+
+def draw(study: Study, results: Results) -> dict[str, Figure]:
+    """The study's figures by file name; one without data is left out."""
+    kinds: dict[str, Callable[[Study, Results], Figure | None]] = {
+        "accuracy": accuracy,
+        "training loss": training_loss,
+        "weights": weights,
+        "sweep": sweep,
+    }
+    with rc_context(_STYLE):
+        drawn = {name: kinds[kind](study, results) for name, kind in study.figures.items()}
+    return {name: figure for name, figure in drawn.items() if figure is not None}
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Writes `path` with the endings png and pdf; equal figures make equal files."""
+    for kind in ("png", "pdf"):
+        with rc_context(_STYLE), replacing(path.with_name(f"{path.name}.{kind}")) as draft:
+            figure.savefig(draft, format=kind, metadata={"CreationDate": None} if kind == "pdf" else None)
+
+
+def accuracy(study: Study, results: Results) -> Figure:
+    """Accuracy per epoch: mean over seeds, band of one standard deviation."""
+    tested = set(results.runs.selected_on) == {"test"}
+    name = f"{'Test' if tested else 'Validation'} accuracy (%)"
+    return _curves(study, results.epochs.assign(value=100 * results.epochs.accuracy), name, logarithmic=False)
+
+
+def training_loss(study: Study, results: Results) -> Figure:
+    """Training loss per epoch, logarithmic: mean over seeds, band of one standard deviation."""
+    return _curves(
+        study, results.epochs.assign(value=results.epochs.train_loss), "Training loss (cross entropy)", logarithmic=True
+    )
+
+
+def weights(study: Study, results: Results) -> Figure | None:
+    """Numbers of weights in equal bins, logarithmic, at the end of training; mean over seeds."""
+    if results.weights.empty:
+        return None
+    parameters = sorted(results.weights.parameter.unique())
+    figure, panels = _panels(len(parameters))
+    for panel, parameter in zip(panels, parameters, strict=True):
+        for i, arm in enumerate(study.arms):
+            of_it = results.weights[
+                (results.weights.parameter == parameter) & results.weights.cell.isin(_labels(study, arm))
+            ]
+            if len(of_it):
+                counts = of_it.groupby(["left", "right"])["count"].mean().reset_index()
+                edges = [*counts.left, counts.right.iloc[-1]]
+                panel.stairs(counts["count"], edges, label=arm, color=_COLOURS[i % 6], linestyle=_LINES[i % 4], lw=1.3)
+        panel.set(yscale="log", xlabel=f"Weight of {parameter}", ylabel="Number of weights per bin")
+        panel.legend()
+    return figure
+
+
+def sweep(study: Study, results: Results) -> Figure | None:
+    """Test accuracy against the grid's value: mean over seeds, bars of one standard deviation.
+
+    An arm without a grid is a horizontal line.
+    """
+    keys = {key for cell in study.cells() for key, _ in cell.point}
+    if len(keys) != 1:
+        return None
+    figure, (panel,) = _panels(1)
+    for i, arm in enumerate(study.arms):
+        style: dict[str, Any] = {"color": _COLOURS[i % 6], "linestyle": _LINES[i % 4], "label": arm}
+        rows = []
+        for cell in (cell for cell in study.cells() if cell.arm == arm):
+            values = 100 * results.runs[results.runs.cell == cell.label].best
+            if len(values):
+                rows.append((cell.point[0][1] if cell.point else None, values.mean(), values.std(ddof=1)))
+        if rows and rows[0][0] is None:
+            panel.axhline(rows[0][1], **style)
+        elif rows:
+            x, mean, sd = (np.array(column, dtype=float) for column in zip(*rows, strict=True))
+            panel.errorbar(x, mean, np.nan_to_num(sd), marker="o", ms=4, capsize=2, **style)
+    name = short(next(iter(keys))).replace("_", " ")
+    panel.set(xscale="log", xlabel=name, ylabel="Test accuracy at the best epoch (%)")
+    panel.legend()
+    return figure
+
+
+def _curves(study: Study, epochs: pd.DataFrame, name: str, logarithmic: bool) -> Figure:
+    """A panel per point of the grid, a line per arm."""
+    points = list(dict.fromkeys(cell.point for cell in study.cells() if cell.label in set(epochs.cell)))
+    figure, panels = _panels(len(points))
+    for panel, point in zip(panels, points, strict=True):
+        for i, arm in enumerate(study.arms):
+            of_it = epochs[epochs.cell == Cell(arm, point).label]
+            if of_it.empty:
+                continue
+            by_epoch = of_it.groupby("epoch").value
+            mean, sd = by_epoch.mean(), by_epoch.std(ddof=1).fillna(0)
+            n = of_it.seed.nunique()
+            label = f"{arm} (n = {n})"
+            marker = "o" if len(mean) < 3 else None  # a single epoch is no line
+            panel.plot(mean.index, mean, label=label, color=_COLOURS[i % 6], linestyle=_LINES[i % 4], marker=marker)
+            low = mean - sd
+            if logarithmic:  # a band that reaches 0 has no place on this axis; it ends at the least value instead
+                low = low.where(low > 0, by_epoch.min())
+            panel.fill_between(mean.index, low, mean + sd, color=_COLOURS[i % 6], alpha=0.2, lw=0)
+        panel.set(xlabel="Epoch", ylabel=name, yscale="log" if logarithmic else "linear")
+        panel.xaxis.set_major_locator(MaxNLocator(integer=True))
+        if len(points) > 1:
+            panel.set_title(", ".join(f"{short(key).replace('_', ' ')} {value}" for key, value in point))
+        panel.legend()
+    return figure
+
+
+def _panels(count: int) -> tuple[Figure, list[Axes]]:
+    figure = Figure(figsize=(1.2 + 3.4 * count, 3.0), layout="constrained")
+    return figure, list(figure.subplots(1, count, sharey=True, squeeze=False)[0])
+
+
+def _labels(study: Study, arm: str) -> set[str]:
+    return {cell.label for cell in study.cells() if cell.arm == arm}

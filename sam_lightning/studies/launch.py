@@ -1,0 +1,75 @@
+"""Executes what is missing of a study, here or on a cluster."""
+
+import argparse
+import os
+import re
+import shlex
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from sam_lightning.studies.devices import environments
+from sam_lightning.studies.pool import Pool, last_lines
+from sam_lightning.studies.progress import Display
+from sam_lightning.studies.publish import publish
+from sam_lightning.studies.runs import LOG, RESULT, Run, directory_of, runs_of, select
+from sam_lightning.studies.spec import Study, StudyError
+
+
+def launch(study: Study, options: argparse.Namespace) -> int:
+    """Executes the chosen runs that have no result, and reports.
+
+    Returns:
+        The process's exit code: 0, 1 if a run failed, 130 after Ctrl-C.
+    """
+    runs = select(runs_of(study), options.only)
+    if options.dry_run:
+        for run in runs:
+            print(f"OMP_NUM_THREADS={options.threads} sam-lightning {shlex.join(run.command(options.root))}")
+        return 0
+    todo = [run for run in runs if not (options.root / run.name / RESULT).is_file()]
+    print(f"{study.question} {len(runs)} runs in {options.root}, {len(todo)} to do.", flush=True)
+    link(study, runs, options.root)
+    if options.launcher == "slurm":
+        from sam_lightning.studies.slurm import submit  # an optional extra
+
+        submit(study, todo, options.root, options.threads, options.slurm)
+        return 0
+    try:
+        failed = _execute(todo, study, options) if todo else []
+    except KeyboardInterrupt:
+        done = sum((options.root / run.name / RESULT).is_file() for run in runs)
+        print(f"\ninterrupted: {done} of {len(runs)} runs are done; the same command goes on.", file=sys.stderr)
+        return 130
+    if len(failed) < len(runs):
+        publish(study, options.root)
+    for run in failed:
+        print(f"\nfailed twice: {run.cell.label}, seed {run.seed}. The end of {options.root / run.name / LOG}:")
+        print("\n".join(f"  {line}" for line in last_lines(run, options.root)))
+    return 1 if failed else 0
+
+
+def _execute(todo: Sequence[Run], study: Study, options: argparse.Namespace) -> list[Run]:
+    accelerator = study.overrides.get("trainer.accelerator", "auto")
+    places = environments(options.jobs, options.jobs_per_device, options.threads, accelerator)[: len(todo)]
+    with Pool(places) as pool:
+        errors, epochs = pool.check(todo)
+        if errors:
+            raise StudyError(f"{study.path}: nothing was trained, since these runs do not parse:\n" + "\n".join(errors))
+        display = Display(todo, epochs)
+        try:
+            return pool.execute(todo, options.root, display)
+        finally:
+            display.close()
+
+
+def link(study: Study, runs: Sequence[Run], root: Path) -> None:
+    """Names the runs in the study's directory, for TensorBoard and for people, by arm and seed."""
+    folder = directory_of(study, root) / "runs"
+    folder.mkdir(parents=True, exist_ok=True)
+    for run in runs:
+        path = folder / re.sub(r"[^\w.-]+", "_", f"{run.cell.label}-seed{run.seed}".replace(", ", "-"))
+        if not path.is_symlink():
+            with suppress(OSError):  # a file system without links
+                path.symlink_to(os.path.relpath(root / run.name, folder), target_is_directory=True)

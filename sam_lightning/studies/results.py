@@ -1,0 +1,138 @@
+"""What a study's runs came to, as tables of numbers: read from the runs, or from the CSV files of a report."""
+
+import json
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from sam_lightning.files import replacing
+from sam_lightning.studies.runs import RESULT, WEIGHTS, runs_of
+from sam_lightning.studies.spec import Study, StudyError
+
+_BINS = 100
+
+
+@dataclass(frozen=True)
+class Results:
+    """Finished runs. Accuracies are fractions, losses mean cross entropy, times seconds.
+
+    Args:
+        runs: A row per run: `cell` (its label), `seed`, the conditions, `best` and `last` (test accuracy at the best
+            and at the last epoch), `best_epoch`, `train_loss` (of the last epoch), `seconds`.
+        epochs: A row per run and epoch: `train_loss`, and `accuracy` and `loss` on the set that was evaluated.
+        weights: Histograms of the final weights: a row per run, parameter and bin, with bins shared by all runs.
+    """
+
+    runs: pd.DataFrame
+    epochs: pd.DataFrame
+    weights: pd.DataFrame
+
+
+def collect(study: Study, root: Path) -> Results:
+    """Reads the results of the study's finished runs.
+
+    Raises:
+        StudyError: If a result is damaged.
+    """
+    runs: list[dict[str, Any]] = []
+    epochs: list[dict[str, Any]] = []
+    weights: dict[tuple[str, int, str], np.ndarray] = {}
+    for run in runs_of(study):
+        path = root / run.name / RESULT
+        if not path.is_file():
+            continue
+        key = {"cell": run.cell.label, "seed": run.seed}
+        try:
+            content = json.loads(path.read_text())
+            runs.append({**key, **_run_row(content)})
+            epochs += [{**key, **_epoch_row(row)} for row in content["epochs"]]
+            if (path.parent / WEIGHTS).is_file():
+                with np.load(path.parent / WEIGHTS, allow_pickle=False) as file:
+                    weights |= {(run.cell.label, run.seed, name): file[name].ravel() for name in file.files}
+        except (ValueError, KeyError, TypeError, OSError) as error:
+            raise StudyError(
+                f"{path} cannot be read ({type(error).__name__}: {error}). Remove it and run the study again: the "
+                "run goes on from its last checkpoint."
+            ) from error
+    return Results(pd.DataFrame(runs), pd.DataFrame(epochs), _histograms(weights))
+
+
+def write(results: Results, folder: Path) -> None:
+    """Writes the tables as CSV files, exactly."""
+    for table in fields(results):
+        frame = getattr(results, table.name)
+        if len(frame):
+            with replacing(folder / f"{table.name}.csv") as draft:
+                frame.to_csv(draft, index=False)
+
+
+def read(folder: Path) -> Results:
+    """Reads what `write` wrote.
+
+    Raises:
+        StudyError: If there are no such files.
+    """
+    frames = {}
+    for table in fields(Results):
+        path = folder / f"{table.name}.csv"
+        if path.is_file():
+            frames[table.name] = pd.read_csv(path, float_precision="round_trip", keep_default_na=True)
+    if not {"runs", "epochs"} <= frames.keys():
+        raise StudyError(f"no results in {folder}: runs.csv and epochs.csv of a report are expected there.")
+    return Results(**{"weights": pd.DataFrame(), **frames})
+
+
+def _run_row(content: dict[str, Any]) -> dict[str, Any]:
+    conditions = content["conditions"]
+    epochs = {row["epoch"]: row for row in content["epochs"]}
+    last, best = content["last"], content["best"] or {"epoch": None}
+
+    def test_accuracy(outcome: dict[str, Any]) -> float | None:
+        if content["selected_on"] == "test":  # the test set was evaluated after every epoch
+            outcome = {"test/accuracy": epochs.get(outcome["epoch"], {}).get("val/accuracy")}
+        return outcome.get("test/accuracy")
+
+    return {
+        "epochs": last["epoch"],
+        "gradients_per_step": content["gradients_per_step"],
+        "selected_on": content["selected_on"],
+        "best_epoch": best["epoch"],
+        "best": test_accuracy(best),
+        "last": test_accuracy(last),
+        "train_loss": epochs[last["epoch"]].get("train/loss_epoch"),
+        "seconds": sum(row["seconds"] for row in content["epochs"]),
+        **{name: conditions[name] for name in ("precision", "device", "threads", "processes")},
+        **{name.replace("-", "_"): value for name, value in conditions["versions"].items()},
+        "commit": conditions["commit"],
+    }
+
+
+def _epoch_row(row: dict[str, float]) -> dict[str, Any]:
+    names = {"train_loss": "train/loss_epoch", "accuracy": "val/accuracy", "loss": "val/loss", "seconds": "seconds"}
+    return {"epoch": row["epoch"], **{column: row.get(name) for column, name in names.items()}}
+
+
+def _histograms(weights: dict[tuple[str, int, str], np.ndarray]) -> pd.DataFrame:
+    rows = []
+    for parameter in sorted({name for _, _, name in weights}):
+        of_it = {key: values for key, values in weights.items() if key[2] == parameter}
+        finite = {key: values[np.isfinite(values)] for key, values in of_it.items()}
+        edges = np.histogram_bin_edges(np.concatenate(list(finite.values())), _BINS)
+        for (cell, seed, _), values in finite.items():
+            counts, _ = np.histogram(values, edges)
+            rows.append(
+                pd.DataFrame(
+                    {
+                        "cell": cell,
+                        "seed": seed,
+                        "parameter": parameter,
+                        "left": edges[:-1],
+                        "right": edges[1:],
+                        "count": counts,
+                    }
+                )
+            )
+    return pd.concat(rows, ignore_index=True) if rows else pd.DataFrame()
