@@ -14,11 +14,13 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # Lowest first: a file imports from its own layer's package and from lower ones.
 LAYERS = [
-    {"optim", "batch_norm", "networks", "micro_batches", "lr_schedules", "run_directory"},
+    {"optim", "batch_norm", "networks", "micro_batches", "lr_schedules", "files"},
+    {"run_directory", "checkpoint_io"},
     {"manual", "data", "callbacks"},
     {"module"},
     {"classifier"},
     {"cli"},
+    {"studies"},
     {"__main__"},
 ]
 TORCH_ONLY = {"__init__", "optim", "batch_norm", "networks"}
@@ -55,10 +57,19 @@ def test_every_file_has_its_layer():
     assert {part(path) for path in FILES} == {"__init__"} | set.union(*LAYERS)
 
 
-def test_importing_the_package_imports_no_lightning():
+@pytest.mark.parametrize("module", ["", ".studies.command", ".studies.spec", ".studies.report", ".studies.figures"])
+def test_what_needs_no_lightning_imports_none(module):
     heavy = ("lightning", "torchvision", "torchmetrics")
-    code = f"import sys, sam_lightning; print([m for m in {heavy} if m in sys.modules])"
+    code = f"import sys, sam_lightning{module}; print([m for m in {heavy} if m in sys.modules])"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
+
+
+@pytest.mark.parametrize("name", ["spec", "report", "figures"])
+def test_tables_and_figures_know_no_torch(name):
+    assert not {imported.partition(".")[0] for imported in imports(PACKAGE / f"studies/{name}.py")} & {
+        "torch",
+        "lightning",
+    }
 
 
 def test_public_names():

@@ -5,6 +5,7 @@ import random
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.metadata import (
@@ -13,7 +14,7 @@ from tensorboard.plugins.hparams.metadata import (
 )
 
 from regression import SAM_SGD, Regression, loader
-from sam_lightning.callbacks import HyperparameterPage, RandomStates, WeightHistograms
+from sam_lightning.callbacks import EpochHistory, HyperparameterPage, RandomStates, WeightHistograms
 from sam_lightning.classifier import ImageClassifier
 from sam_lightning.data import Digits
 from sam_lightning.networks import digits_cnn
@@ -74,3 +75,49 @@ def test_random_states_round_trip_through_a_safe_checkpoint(trainer, tmp_path):
     assert drawn[2] == again[2]
     resumed.on_train_start(None, None)  # restores once only
     assert random.random() != again[2]
+
+
+class Validated(Regression):
+    """Logs its epoch's number as a validation metric, in every second epoch."""
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val/epoch", float(self.current_epoch + 1))
+
+    def val_dataloader(self):
+        return loader()
+
+
+def test_history_has_a_row_per_epoch_with_what_was_measured_in_it(trainer, tmp_path):
+    history = EpochHistory()
+    fitted = trainer(max_epochs=4, check_val_every_n_epoch=2, callbacks=[history])
+    module = Validated()
+    losses = []
+    log = module.log
+    module.log = lambda name, value, *args, **kwargs: (
+        losses.append(value) if name == "train/loss_epoch" else None,
+        log(name, value, *args, **kwargs),
+    )
+    fitted.fit(module, loader())
+    assert [row["epoch"] for row in history.epochs] == [1, 2, 3, 4]
+    assert [row["train/loss_epoch"] for row in history.epochs] == pytest.approx(losses, rel=1e-6)
+    assert len(set(losses)) == 4
+    assert [row.get("val/epoch") for row in history.epochs] == [None, 2, None, 4]
+    assert all(row["seconds"] > 0 for row in history.epochs)
+
+
+def test_history_goes_on_behind_a_checkpoint(trainer, tmp_path):
+    def fit(epochs, folder, resume=None):
+        history = EpochHistory()
+        checkpoints = ModelCheckpoint(tmp_path / folder, save_last=True, save_on_train_epoch_end=True)
+        callbacks = [history, checkpoints]
+        options = {"enable_checkpointing": True, "callbacks": callbacks, "check_val_every_n_epoch": 2}
+        torch.manual_seed(0)
+        trainer(max_epochs=epochs, **options).fit(Validated(), loader(), ckpt_path=resume)
+        return [{key: value for key, value in row.items() if key != "seconds"} for row in history.epochs]
+
+    fit(3, "resumed")
+    last = tmp_path / "resumed/last.ckpt"
+    saved = torch.load(last, weights_only=True)["callbacks"]["EpochHistory"]["epochs"]
+    assert [row["epoch"] for row in saved] == [1, 2, 3]
+    assert all("train/loss_epoch" in row for row in saved)  # of the newest epoch, too
+    assert fit(5, "resumed", last) == fit(5, "straight")

@@ -10,6 +10,7 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.cli import OptimizerCallable
 
 from regression import Regression, assert_same, loader, state_of
+from sam_lightning.checkpoint_io import AtomicCheckpointIO
 from sam_lightning.cli import main
 from sam_lightning.run_directory import read_checkpoint
 
@@ -60,6 +61,10 @@ def test_fit_then_test_name_what_came_out(capsys):
     out = capsys.readouterr().out
     assert f"test accuracy  {accuracy:.4f}\n" in out
     assert "checkpoint     runs/digits-sam-seed1/checkpoints/last.ckpt\n" in out
+
+
+def test_checkpoints_are_written_atomically():
+    assert isinstance(fit().trainer.strategy.checkpoint_io, AtomicCheckpointIO)
 
 
 def test_a_run_directory_is_enough(capsys):

@@ -7,6 +7,8 @@ import yaml
 from torch import nn
 
 from sam_lightning.cli import main
+from sam_lightning.studies.runs import runs_of
+from sam_lightning.studies.spec import load
 
 ROOT = Path(__file__).parents[1]
 OPTIMIZERS = sorted((ROOT / "configs/optimizers").glob("*.yaml"))
@@ -17,19 +19,20 @@ SGD = {"lr": 0.01, "weight_decay": 5e-4, "momentum": 0.0}
 SHARED = {"num_classes": 1000, "stats": "both", "crop": False, "flip": False, "validation": "test", "smoothing": 0.0}
 AB = {**SHARED, "epochs": 100, "scheduler": None, "normalisation": "half", "norms": 20, "sgd": SGD}
 C = {**SHARED, "epochs": 200, "scheduler": 200, "normalisation": "unit", "norms": 0, "sgd": {**SGD, "momentum": 0.9}}
-ARMS = {
-    "A-sgd": ("ab", "paper-sgd", [], {**AB, "batch": 128, "rho": None}),
-    "A-sam": ("ab", "paper-sam", [], {**AB, "batch": 128, "rho": 0.05}),
-    "B-16-sgd": ("ab", "paper-sgd", ["--data.batch_size", "16"], {**AB, "batch": 16, "rho": None}),
-    "B-64-sam": ("ab", "paper-sam", ["--data.batch_size", "64"], {**AB, "batch": 64, "rho": 0.05}),
-    "C-sam": ("c", "paper-sam-momentum", [], {**C, "batch": 128, "rho": 0.05}),
-    "C-asam": ("c", "paper-asam-momentum", [], {**C, "batch": 128, "rho": 0.5, "eta": 0.0, "bias": True}),
-    "C-asam-batchnorm": (
-        "c",
-        "paper-asam-momentum",
-        ["--model.network.init_args.norm", "batch"],
-        {**C, "batch": 128, "rho": 0.5, "eta": 0.0, "bias": True, "norms": 20},
-    ),
+SAM, ASAM = {"rho": 0.05}, {"rho": 0.5, "eta": 0.0, "bias": True}
+# The study's cells -> expected.
+CELLS = {
+    **{("a", f"{arm}, batch size 128"): {**AB, "batch": 128, **own} for arm, own in (("SGD", {}), ("SAM", SAM))},
+    **{
+        ("b", f"{arm}, batch size {batch}"): {**AB, "batch": batch, **own}
+        for arm, own in (("SGD", {}), ("SAM", SAM))
+        for batch in (16, 64, 128)
+    },
+    **{("c", arm): {**C, "batch": 128, **own} for arm, own in (("SAM", SAM), ("ASAM", ASAM))},
+    **{
+        ("c", f"{arm} with BatchNorm"): {**C, "batch": 128, "norms": 20, **own}
+        for arm, own in (("SAM", SAM), ("ASAM", ASAM))
+    },
 }
 
 
@@ -43,10 +46,18 @@ def _in_an_empty_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-@pytest.mark.parametrize("arm", ARMS)
-def test_the_papers_arms_train_with_its_values(arm, fake_cifar10):
-    layer, optimizer, more, expected = ARMS[arm]
-    cli = run(f"paper/{layer}", ROOT / f"configs/optimizers/{optimizer}.yaml", "--data.root", str(fake_cifar10), *more)
+def test_the_papers_studies_have_these_cells():
+    for name in "abc":
+        cells = {(name, cell.label) for cell in load(str(ROOT / f"configs/studies/{name}.yaml")).cells()}
+        assert cells == {key for key in CELLS if key[0] == name}
+
+
+@pytest.mark.parametrize(("study", "label"), CELLS)
+def test_the_papers_arms_train_with_its_values(study, label, fake_cifar10):
+    expected = {"rho": None, **CELLS[study, label]}
+    runs = runs_of(load(str(ROOT / f"configs/studies/{study}.yaml"), {"data.root": str(fake_cifar10)}))
+    words = next(run.words for run in runs if run.cell.label == label)
+    cli = main([*words, *QUICK])
     trained = cli.trainer.optimizers[0]
     base = getattr(trained, "base", trained)
     data, module = cli.datamodule, cli.model
@@ -89,6 +100,17 @@ def test_every_optimizer_trains_as_its_file_says(optimizer, data, fake_cifar10):
         else:
             assert resolved["init_args"][key] == value
     assert cli.trainer.global_step == 1
+
+
+@pytest.mark.parametrize("name", ["quickstart", "rho"])
+def test_every_arm_on_digits_trains(name):
+    study = load(str(ROOT / f"configs/studies/{name}.yaml"))
+    for run in {run.cell.arm: run for run in runs_of(study)}.values():
+        cli = main([*run.words, *QUICK])
+        rho = cli.trainer.optimizers[0].param_groups[0].get("rho")
+        assert rho == dict(run.cell.point).get(
+            "model.optimizer.rho", {"SGD": None, "SAM": 0.05, "ASAM": 0.5}[run.cell.arm]
+        )
 
 
 def test_base_has_no_optimizer():

@@ -9,7 +9,7 @@ import pandas as pd
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, NullLocator
 
 from sam_lightning.files import replacing
 from sam_lightning.studies.results import Results
@@ -80,8 +80,9 @@ def weights(study: Study, results: Results) -> Figure | None:
                 counts = of_it.groupby(["left", "right"])["count"].mean().reset_index()
                 edges = [*counts.left, counts.right.iloc[-1]]
                 panel.stairs(counts["count"], edges, label=arm, color=_COLOURS[i % 6], linestyle=_LINES[i % 4], lw=1.3)
-        panel.set(yscale="log", xlabel=f"Weight of {parameter}", ylabel="Number of weights per bin")
+        panel.set(yscale="log", xlabel=f"Weights of {parameter.removesuffix('.weight')}")
         panel.legend()
+    panels[0].set_ylabel("Number of weights per bin")
     return figure
 
 
@@ -107,7 +108,10 @@ def sweep(study: Study, results: Results) -> Figure | None:
             x, mean, sd = (np.array(column, dtype=float) for column in zip(*rows, strict=True))
             panel.errorbar(x, mean, np.nan_to_num(sd), marker="o", ms=4, capsize=2, **style)
     name = short(next(iter(keys))).replace("_", " ")
+    values = sorted({value for cell in study.cells() for _, value in cell.point})
     panel.set(xscale="log", xlabel=name, ylabel="Test accuracy at the best epoch (%)")
+    panel.set_xticks(values, [f"{value:g}" for value in values])
+    panel.xaxis.set_minor_locator(NullLocator())
     panel.legend()
     return figure
 
@@ -131,11 +135,12 @@ def _curves(study: Study, epochs: pd.DataFrame, name: str, logarithmic: bool) ->
             if logarithmic:  # a band that reaches 0 has no place on this axis; it ends at the least value instead
                 low = low.where(low > 0, by_epoch.min())
             panel.fill_between(mean.index, low, mean + sd, color=_COLOURS[i % 6], alpha=0.2, lw=0)
-        panel.set(xlabel="Epoch", ylabel=name, yscale="log" if logarithmic else "linear")
+        panel.set(xlabel="Epoch", yscale="log" if logarithmic else "linear")
         panel.xaxis.set_major_locator(MaxNLocator(integer=True))
         if len(points) > 1:
             panel.set_title(", ".join(f"{short(key).replace('_', ' ')} {value}" for key, value in point))
         panel.legend()
+    panels[0].set_ylabel(name)
     return figure
 
 

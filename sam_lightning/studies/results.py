@@ -79,7 +79,7 @@ def read(folder: Path) -> Results:
     for table in fields(Results):
         path = folder / f"{table.name}.csv"
         if path.is_file():
-            frames[table.name] = pd.read_csv(path, float_precision="round_trip", keep_default_na=True)
+            frames[table.name] = pd.read_csv(path)
     if not {"runs", "epochs"} <= frames.keys():
         raise StudyError(f"no results in {folder}: runs.csv and epochs.csv of a report are expected there.")
     return Results(**{"weights": pd.DataFrame(), **frames})
