@@ -105,6 +105,7 @@ def test_history_has_a_row_per_epoch_with_what_was_measured_in_it(trainer, tmp_p
     assert all(row["seconds"] > 0 for row in history.epochs)
 
 
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
 def test_history_goes_on_behind_a_checkpoint(trainer, tmp_path):
     def fit(epochs, folder, resume=None):
         history = EpochHistory()
