@@ -19,22 +19,18 @@ SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={ports[0]}
 SlurmdPort={ports[1]}
 SlurmUser=root
-SlurmdUser=root
-AuthType=auth/munge
 # A requeued job waits until the credential of its former start has expired: 2 minutes by default.
 AuthInfo=socket={folder}/munge.socket,cred_expire=5
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool
 SlurmctldPidFile={folder}/slurmctld.pid
 SlurmdPidFile={folder}/slurmd.pid
-PlugStackConfig={folder}/none
 ProctrackType=proctrack/linuxproc
-TaskPlugin=task/none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 SlurmdParameters=config_overrides
 ReturnToService=2
-MpiDefault=none
+SchedulerParameters=sched_interval=2,bf_interval=2
 JobRequeue=1
 KillWait=5
 NodeName={host} NodeAddr=127.0.0.1 CPUs=2 RealMemory=8000
@@ -42,12 +38,13 @@ PartitionName=main Nodes={host} Default=YES MaxTime=60
 """
 
 
-@pytest.fixture(scope="module")
-def slurm():
+@pytest.fixture(scope="module", name="slurm")
+def slurm_with_one_node():
     """SLURM's commands reach it, in this process and in its children; `slurm(*words)` is what one of them prints."""
-    missing = [name for name in NEEDED if shutil.which(name) is None]
-    if missing or os.geteuid() != 0:
-        pytest.skip(f"SLURM needs root and apt-get install slurm-wlm munge; missing: {', '.join(missing) or 'root'}")
+    missing = [name for name in NEEDED if shutil.which(name) is None] + ["root"] * (os.geteuid() != 0)
+    if missing:
+        pytest.skip(f"no {', '.join(missing)}; as root: apt-get install slurm-wlm munge")
+    pytest.importorskip("submitit")
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="slurm-")))
         folder.chmod(0o711)  # munged wants its socket to be within everyone's reach
@@ -55,7 +52,9 @@ def slurm():
         (folder / "key").chmod(0o600)
         host = socket.gethostname().partition(".")[0]
         (folder / "slurm.conf").write_text(CONF.format(folder=folder, host=host, ports=free_ports(2)))
-        stack.enter_context(pytest.MonkeyPatch.context()).setenv("SLURM_CONF", f"{folder}/slurm.conf")
+        patch = stack.enter_context(pytest.MonkeyPatch.context())
+        patch.setenv("SLURM_CONF", f"{folder}/slurm.conf")
+        patch.setenv("TMPDIR", str(folder))  # for the jobs: a process that is killed leaves its sockets
         files = [f"--{name}-file={folder}/{name}" for name in ("key", "pid", "log", "seed")]
         stack.enter_context(daemon(folder, "munged", "--foreground", f"--socket={folder}/munge.socket", *files))
         stack.enter_context(daemon(folder, "slurmctld", "-D"))
@@ -91,7 +90,11 @@ def free_ports(count):
 
 @contextmanager
 def daemon(folder, *words):
-    with (folder / f"{words[0]}.log").open("w") as log, subprocess.Popen(words, stdout=log, stderr=log) as process:
+    """Runs while the body does; Ctrl-C is for pytest alone, which stops the daemons in their order."""
+    with (
+        (folder / f"{words[0]}.log").open("w") as log,
+        subprocess.Popen(words, stdout=log, stderr=log, start_new_session=True) as process,
+    ):
         try:
             yield
         finally:

@@ -1,9 +1,16 @@
 """The runs of a study as jobs of a SLURM cluster, through submitit."""
 
+import io
 import json
+import os
+import signal
 import subprocess
+import sys
+import traceback
 from collections.abc import Sequence
+from contextlib import redirect_stderr
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +41,18 @@ class RunJob:
     def __call__(self) -> None:
         """Executes the run."""
         torch.set_num_threads(self.threads)
+        # SLURM signals the workers of data loaders, too, and each would requeue the job by submitit's handler.
+        os.register_at_fork(after_in_child=partial(signal.signal, signal.SIGUSR2, signal.SIG_IGN))
         with printing_into(self.directory / LOG):
-            execute(self.words, self.directory)
+            try:
+                execute(self.words, self.directory)
+            except SystemExit as error:  # Python prints its words when the process ends, into submitit's files
+                if isinstance(error.code, str):
+                    print(error.code, file=sys.stderr)
+                raise
+            except Exception:
+                traceback.print_exc()
+                raise
 
     def checkpoint(self) -> Any:
         """What submitit submits when the job's time is up or it is preempted: the same run."""
@@ -69,9 +86,10 @@ def submit(study: Study, runs: Sequence[Run], root: Path, threads: int, options:
     try:
         executor = submitit.AutoExecutor(folder, cluster="slurm")
         executor.update_parameters(**parameters)
-        with executor.batch():
-            jobs = [executor.submit(RunJob(run.words, (root / run.name).resolve(), threads)) for run in new]
-    except (NameError, TypeError, AssertionError, RuntimeError, submitit.core.utils.FailedJobError) as error:
+        calls = [RunJob(run.words, (root / run.name).resolve(), threads) for run in new]
+        with redirect_stderr(io.StringIO()):  # submitit prints what sbatch says before it raises it
+            jobs = executor.submit_array(calls) if new else []
+    except (NameError, TypeError, ValueError, AssertionError, RuntimeError) as error:
         raise StudyError(f"SLURM options {options or 'of submitit'}: {error}") from error
     for run, job in zip(new, jobs, strict=True):
         with replacing(root / run.name / _JOB) as draft:
@@ -80,7 +98,8 @@ def submit(study: Study, runs: Sequence[Run], root: Path, threads: int, options:
     for run, job in zip(new, jobs, strict=True):
         print(f"  {job.job_id}: {run.cell.label}, seed {run.seed}, log {root / run.name / LOG}")
     print(
-        f"squeue shows them; `study report {study.path}` reports what is finished; the same command submits the rest."
+        f"squeue shows them; `study report {study.path}` with the same --root and settings reports what is finished; "
+        "the same command submits the rest."
     )
 
 
