@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch.utils.tensorboard.summary import hparams
 
@@ -51,6 +52,17 @@ class RandomStates(Callback):
         version, internal, gauss = self._restore["python"]
         random.setstate((version, tuple(internal), gauss))
         self._restore = None
+
+
+class LastCheckpoint(ModelCheckpoint):
+    """Keeps the newest state as `last.ckpt`, after every epoch.
+
+    Lightning's own `save_last` waits for the next epoch in which the monitored metric improves, so that a run
+    that is interrupted long after its best epoch would go back to there.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(filename="last", save_on_train_epoch_end=True)
 
 
 class EpochHistory(Callback):

@@ -14,7 +14,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning_utilities.core.rank_zero import rank_zero_only
 
-from sam_lightning.callbacks import EpochHistory, HyperparameterPage, RandomStates
+from sam_lightning.callbacks import EpochHistory, HyperparameterPage, LastCheckpoint, RandomStates
 from sam_lightning.checkpoint_io import AtomicCheckpointIO
 from sam_lightning.classifier import ImageClassifier  # noqa: F401  # so that --model ImageClassifier is found
 from sam_lightning.data import DataError
@@ -148,6 +148,8 @@ class CLI(LightningCLI):
         trainer = super().instantiate_trainer(**kwargs)
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # the default: none was configured
             trainer.strategy.checkpoint_io = AtomicCheckpointIO()
+        if trainer.checkpoint_callbacks:  # behind the others: what it saves names their newest files
+            trainer.callbacks.append(LastCheckpoint())  # type: ignore[attr-defined]  # set by a part of the trainer
         return trainer
 
     def after_fit(self) -> None:
@@ -226,4 +228,4 @@ def main(args: list[str] | None = None, callbacks: Iterable[Callback] = ()) -> C
 
 
 def _is_no_advertisement(record: logging.LogRecord) -> bool:
-    return "litlogger" not in record.getMessage()
+    return "Tip: For seamless" not in record.getMessage()

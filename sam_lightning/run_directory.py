@@ -39,7 +39,7 @@ def find_checkpoint(run: Path, which: str) -> Path:
             f"--ckpt_path {which}: no such file. Give last, best, a run directory, or a checkpoint file."
         )
     folder = run / CHECKPOINTS
-    # Without a ModelCheckpoint with save_last, the newest of all is the last.
+    # Killed before its first last.ckpt was complete, or trained elsewhere: the newest of all is the last.
     files = list(folder.glob("last*.ckpt")) or list(folder.glob("*.ckpt"))
     found = sorted(files, key=lambda path: path.stat().st_mtime_ns)
     if not found:

@@ -67,6 +67,17 @@ def test_checkpoints_are_written_atomically():
     assert isinstance(fit().trainer.strategy.checkpoint_io, AtomicCheckpointIO)
 
 
+def test_the_last_epoch_is_kept_even_if_no_epoch_was_better_than_the_first():
+    the_first_is_best = ["--trainer.callbacks.monitor", "train/loss_epoch"]  # the largest, as of accuracies
+    fit(*the_first_is_best, epochs=3)
+    assert read_checkpoint(Path("runs/digits-sam-seed1/checkpoints/best.ckpt"))["epoch"] == 0
+    assert read_checkpoint(Path("runs/digits-sam-seed1/checkpoints/last.ckpt"))["epoch"] == 2
+    fit(*the_first_is_best, "--ckpt_path", "last", epochs=4)
+    kept = {path.name for path in Path("runs/digits-sam-seed1/checkpoints").iterdir()}
+    assert kept == {"best.ckpt", "last.ckpt"}
+    assert read_checkpoint(Path("runs/digits-sam-seed1/checkpoints/last.ckpt"))["epoch"] == 3
+
+
 def test_a_run_directory_is_enough(capsys):
     trained = fit("--trainer.default_root_dir", "elsewhere")
     tested = main(["test", "--ckpt_path", "elsewhere"])
@@ -229,7 +240,7 @@ def test_a_users_own_module_and_data(capsys):
     assert own.model.width == 5
     assert own.run == Path("runs/owndata-sam-seed1")
     assert own.trainer.global_step == 8
-    assert [path.name for path in (own.run / "checkpoints").iterdir()] == ["epoch=0-step=8.ckpt"]
+    assert {path.name for path in (own.run / "checkpoints").iterdir()} == {"epoch=0-step=8.ckpt", "last.ckpt"}
     again = main(["fit", "--ckpt_path", str(own.run), "--trainer.max_epochs", "2"])
     assert again.trainer.global_step == 16
 

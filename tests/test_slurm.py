@@ -97,7 +97,7 @@ def test_a_study_on_a_cluster(slurm, local, capsys):
     assert queue("%i") == set()
     assert main(["report", "small.yaml", "--root", "runs", *SETTINGS]) == 0
     (table,) = Path("runs").glob("small*/runs.csv")
-    assert [line.partition(",")[0] for line in table.read_text().splitlines()] == ["arm", "SGD", "SAM"]
+    assert [line.partition(",")[0] for line in table.read_text().splitlines()] == ["cell", "SGD", "SAM"]
 
 
 def test_runs_that_are_requeued_or_run_out_of_time_go_on(slurm, local, capsys):

@@ -56,6 +56,7 @@ def outcome(folder):
     rows = [{key: value for key, value in row.items() if key != "seconds"} for row in content["epochs"]]
     conditions = {key: value for key, value in content["conditions"].items() if key != "commit"}
     last = read_checkpoint(folder / "checkpoints/last.ckpt")
+    assert last["epoch"] == EPOCHS - 1
     weights = {name: value.numpy().tobytes() for name, value in last["state_dict"].items()}
     return {**content, "epochs": rows, "conditions": conditions, "command": content["command"][:-1], "weights": weights}
 

@@ -7,6 +7,7 @@ from contextlib import suppress
 from http.client import HTTPException
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from urllib.error import HTTPError
 
 import torch
 import torchvision
@@ -156,6 +157,8 @@ class CIFAR10(ImageData):
                     self._move(Path(beside.name), missing)
                 # tarfile, KeyError: what the archive holds; http: what the server says.
                 except (OSError, RuntimeError, EOFError, KeyError, tarfile.TarError, HTTPException) as error:
+                    if isinstance(error, HTTPError):
+                        error.close()  # a response like any other, with its connection
                     url = torchvision.datasets.CIFAR10.url
                     raise DataError(
                         f"{self._absent(missing)} The download from {url} failed: {error}. "
