@@ -1,9 +1,13 @@
 """The README's Python runs, and its commands name files that exist."""
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
+
+from sam_lightning.studies.command import main
+from sam_lightning.studies.spec import load
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -23,15 +27,29 @@ def test_python_examples_run(code, tmp_path, monkeypatch):
 
 def test_commands_name_files_that_exist():
     named = re.findall(r"configs/[\w/.-]+\.yaml", README)
-    assert len(named) > 8
+    assert len(named) > 3
     for name in named:
         assert (ROOT / name).is_file(), name
+
+
+def test_study_commands_name_studies_and_their_keys(capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    words = re.findall(r"^sam-lightning study (.*?)(?:  +#.*)?$", README, re.MULTILINE)
+    assert len(words) > 4
+    for line in words:
+        command, *rest = shlex.split(line)
+        rest = [word for word in rest if word != "--dry-run"]
+        if command == "run":
+            assert main(["run", *rest, "--dry-run"]) == 0, line
+            assert "sam-lightning fit -c configs/base.yaml" in capsys.readouterr().out
+        else:
+            load(rest[0])
 
 
 def test_the_two_lines_stand_by_themselves():
     lines = [line for line in README.splitlines() if line.startswith("python3 -m venv .venv")]
     assert len(lines) == 2
-    assert "sam-lightning fit" in lines[0]
+    assert "sam-lightning study run quickstart" in lines[0]
     assert "pytest" in lines[1]
 
 

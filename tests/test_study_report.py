@@ -85,6 +85,13 @@ def test_only_common_seeds_are_compared(study, results):
     assert np.isnan(found.low)
 
 
+def test_a_difference_too_small_to_show_has_no_sign_of_its_own(study, results):
+    nearly = results.runs.assign(best=0.6 - 1e-6 * (results.runs.cell == "SAM, batch size 32"))
+    _, _, text = tables(study, replace(results, runs=nearly))["differences"]
+    found = text[(text.arm == "SAM, batch size 32") & (text.epoch == "best")].iloc[0]
+    assert [found["mean"], found["by seed"]] == ["+0.00", "1:+0.00 2:+0.00"]
+
+
 def test_published_numbers_stand_beside_runs_as_long_and_no_others(study, results):
     table = summary(study, outcomes(results, equal_compute=False))
     sgd, sam = (row(table, f"{arm}, batch size 32") for arm in ("SGD", "SAM"))

@@ -89,7 +89,7 @@ def differences(study: Study, outcome: pd.DataFrame) -> pd.DataFrame:
                     "mean": values.mean(),
                     "low": values.mean() - half,
                     "high": values.mean() + half,
-                    "by_seed": " ".join(f"{seed}:{v:+.2f}" for seed, v in zip(pairs.seed, values, strict=True)),
+                    "by_seed": " ".join(f"{seed}:{v:+z.2f}" for seed, v in zip(pairs.seed, values, strict=True)),
                 }
             )
     return pd.DataFrame(rows)
@@ -161,7 +161,7 @@ def _as_summary(study: Study, outcome: pd.DataFrame) -> tuple[pd.DataFrame, pd.D
         for metric, name, form in (("best", "best", ".2f"), ("last", "last", ".2f"), ("train_loss", "loss", ".3g")):
             if f"published_{metric}" in row:
                 text[f"published {name}"] = _number(row[f"published_{metric}"], form)
-                text[f"{name}: ours - published"] = _number(row[f"{metric}_difference"], f"+{form}")
+                text[f"{name}: ours - published"] = _number(row[f"{metric}_difference"], f"+z{form}")
         rows.append(text)
     return numbers, pd.DataFrame(rows)
 
@@ -174,8 +174,8 @@ def _as_pairs(study: Study, outcome: pd.DataFrame) -> tuple[pd.DataFrame, pd.Dat
             "minus": row["baseline"],
             "epoch": row["epoch"],
             "n": str(row["n"]),
-            "mean": _number(row["mean"], "+.2f"),
-            "95 % interval": f"{row['low']:+.2f} to {row['high']:+.2f}" if row["n"] > 1 else "",
+            "mean": _number(row["mean"], "+z.2f"),
+            "95 % interval": f"{row['low']:+z.2f} to {row['high']:+z.2f}" if row["n"] > 1 else "",
             "by seed": row["by_seed"],
         }
         for row in numbers.to_dict("records")
