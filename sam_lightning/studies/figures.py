@@ -137,6 +137,8 @@ def _curves(study: Study, epochs: pd.DataFrame, name: str, logarithmic: bool) ->
             panel.fill_between(mean.index, low, mean + sd, color=_COLOURS[i % 6], alpha=0.2, lw=0)
         panel.set(xlabel="Epoch", yscale="log" if logarithmic else "linear")
         panel.xaxis.set_major_locator(MaxNLocator(integer=True))
+        if epochs.epoch.max() < 3:
+            panel.set_xlim(0.5, epochs.epoch.max() + 0.5)
         if len(points) > 1:
             panel.set_title(", ".join(f"{short(key).replace('_', ' ')} {value}" for key, value in point))
         panel.legend()
