@@ -53,6 +53,15 @@ class ManualOptimization(LightningModule):
         strategy = self.trainer.strategy
         return strategy.block_backward_sync() if isinstance(strategy, ParallelStrategy) else nullcontext()
 
+    @property
+    def _finds_unused(self) -> bool:
+        """Whether a first pass that is not synchronised must leave gradients behind, though zero.
+
+        DistributedDataParallel with find_unused_parameters=True still takes a parameter for used in the second
+        pass if the first one used it, and fails where it then has no gradient.
+        """
+        return getattr(self.trainer.strategy.model, "find_unused_parameters", False)
+
     def on_train_epoch_end(self) -> None:
         """Logs the epoch's mean loss and steps `ReduceLROnPlateau`."""
         if self._epoch_losses:

@@ -129,7 +129,7 @@ class SharpnessAwareModule(ManualOptimization):
             first = self._backward(micro_batches, sync=self.sync_perturbation)
             norm = self._grad_norm(inner)
             with inner.perturbed(), self._second_pass():
-                optimizer.zero_grad()
+                optimizer.zero_grad(set_to_none=self.sync_perturbation or not self._finds_unused)
                 second = self._backward(micro_batches, sync=True, factor=self._skip_unless_finite(norm))
             outputs = {"loss": first, "loss_perturbed": second}
         else:
