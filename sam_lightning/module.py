@@ -137,6 +137,8 @@ class SharpnessAwareModule(ManualOptimization):
             norm = self._grad_norm(inner)
         if stats is not None:  # a forward pass that overflowed leaves no trace, as the step is skipped
             stats.restore(unless=global_norm(_grads(inner)).isfinite())
+        if self._shards:  # a checkpoint made of shards takes buffers from any process
+            self._share_buffers()
         self._epoch_losses.append(outputs["loss"])
         if self._logs_this_step:
             self._log_step(outputs, norm, inner.param_groups[0]["lr"])

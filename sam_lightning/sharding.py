@@ -3,8 +3,9 @@
 from collections import Counter
 from collections.abc import Iterator
 
+import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
@@ -14,15 +15,13 @@ def shard(network: nn.Module, mesh: DeviceMesh) -> None:
 
     A block is a child with parameters, of a list or dictionary of modules each entry. One that shares a
     parameter with the rest of the network is left to the rest, since blocks that are sharded apart would no
-    longer share it. A network that is sharded already stays as it is.
+    longer share it. What is sharded already stays as it is.
     """
-    if isinstance(network, FSDPModule):
-        return
     everywhere = _uses(network)
-    for block in list(_blocks(network)):
-        if all(everywhere[parameter] == uses for parameter, uses in _uses(block).items()):
-            fully_shard(block, mesh=mesh)
-    fully_shard(network, mesh=mesh)
+    apart = [block for block in _blocks(network) if all(everywhere[p] == uses for p, uses in _uses(block).items())]
+    for module in [*apart, network]:
+        if not isinstance(module, FSDPModule):
+            fully_shard(module, mesh=mesh)
 
 
 def _blocks(module: nn.Module) -> Iterator[nn.Module]:
@@ -45,7 +44,14 @@ def reshard(module: nn.Module) -> None:
             part.reshard()
 
 
+@torch.no_grad()
 def share_buffers(module: nn.Module) -> None:
-    """Has every process take the buffers of the first one, such as running statistics."""
+    """Has every process take the buffers of the first one, such as running statistics; one broadcast per dtype."""
+    by_dtype: dict[torch.dtype, list[Tensor]] = {}
     for buffer in module.buffers():
-        dist.broadcast(buffer, src=0)
+        by_dtype.setdefault(buffer.dtype, []).append(buffer)
+    for buffers in by_dtype.values():
+        together = torch.cat([buffer.flatten() for buffer in buffers])
+        dist.broadcast(together, src=0)
+        for buffer, values in zip(buffers, torch.split(together, [b.numel() for b in buffers]), strict=True):
+            buffer.copy_(values.view_as(buffer))
