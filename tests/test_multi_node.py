@@ -4,6 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 from launch import ROOT, TORCHRUN, environment, free_port
@@ -33,19 +34,26 @@ def run(folder: Path, *commands: list[str], environments=None) -> dict[str, torc
     return torch.load(checkpoint, weights_only=True)["state_dict"]
 
 
-def test_two_nodes_equal_two_processes_on_one(tmp_path):
-    """By torchrun, and by the variables that srun sets; the run directory is shared."""
-    nodes = [*FIT, "--trainer.num_nodes", "2", "--trainer.devices", "1"]
-    port = free_port()
-    torchrun = [*TORCHRUN, "--nnodes=2", "--nproc-per-node=1", "--master-addr=127.0.0.1", f"--master-port={port}"]
-    by_torchrun = run(tmp_path / "torchrun", *([*torchrun, f"--node-rank={rank}", *nodes] for rank in range(2)))
+NODES = [*FIT, "--trainer.num_nodes", "2", "--trainer.devices", "1"]
 
-    slurm = {"SLURM_JOB_ID": "1", "SLURM_JOB_NAME": "fit", "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "1"}
-    slurm |= {"SLURM_NNODES": "2", "SLURM_LOCALID": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    tasks = [slurm | {"SLURM_PROCID": str(rank), "SLURM_NODEID": str(rank)} for rank in range(2)]
-    by_slurm = run(tmp_path / "slurm", *[[sys.executable, *nodes]] * 2, environments=tasks)
 
+@pytest.fixture(scope="module")
+def on_one_node(tmp_path_factory):
     single = [*TORCHRUN, "--nproc-per-node=2", "--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0"]
-    on_one = run(tmp_path / "single", [*single, *FIT, "--trainer.devices", "2"])
-    assert_same(by_torchrun, on_one)
-    assert_same(by_slurm, on_one)
+    return run(tmp_path_factory.mktemp("one") / "run", [*single, *FIT, "--trainer.devices", "2"])
+
+
+def test_two_nodes_by_torchrun(tmp_path, on_one_node):
+    torchrun = [*TORCHRUN, "--nnodes=2", "--nproc-per-node=1", "--master-addr=127.0.0.1"]
+    torchrun += [f"--master-port={free_port()}"]
+    nodes = run(tmp_path / "run", *([*torchrun, f"--node-rank={rank}", *NODES] for rank in range(2)))
+    assert_same(nodes, on_one_node)
+
+
+@pytest.mark.slow
+def test_two_nodes_by_the_variables_that_srun_sets(tmp_path, on_one_node):
+    job = {"SLURM_JOB_ID": "1", "SLURM_JOB_NAME": "fit", "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "1"}
+    job |= {"SLURM_NNODES": "2", "SLURM_LOCALID": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    tasks = [job | {"SLURM_PROCID": str(rank), "SLURM_NODEID": str(rank)} for rank in range(2)]
+    nodes = run(tmp_path / "run", *[[sys.executable, *NODES]] * 2, environments=tasks)
+    assert_same(nodes, on_one_node)
