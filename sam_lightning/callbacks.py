@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch.utils.tensorboard.summary import hparams
 
+from sam_lightning.optim.shards import whole
 from sam_lightning.run_directory import flatten
 
 
@@ -152,9 +153,9 @@ class WeightHistograms(Callback):
 
     def _write(self, trainer: Trainer, pl_module: LightningModule) -> None:
         weights = dict(pl_module.named_parameters())
-        for logger in tensorboards(trainer):
-            for name in self.parameters:
-                values = weights[name].detach().float()
+        for name in self.parameters:
+            values = whole(weights[name].detach()).float()  # by every process, whether it writes or not
+            for logger in tensorboards(trainer):
                 logger.experiment.add_histogram(f"weights/{name}", values, trainer.global_step)
 
 
@@ -170,6 +171,7 @@ class HyperparameterPage(Callback):
         metrics = dict.fromkeys(f"{stage}/{name}" for name in sorted(names) for stage in ("test", "val"))
         data = getattr(trainer, "datamodule", None)
         settings = {**pl_module.hparams_initial, "data": dict(data.hparams_initial) if data else {}}
+        settings["m_sharpness"] = getattr(pl_module, "m_sharpness", None)
         known = {key: v if isinstance(v, bool | int | float | str) else str(v) for key, v in flatten(settings)}
         for logger in tensorboards(trainer):
             for summary in hparams(known, metrics):  # type: ignore[no-untyped-call]

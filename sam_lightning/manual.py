@@ -1,17 +1,21 @@
 """What Lightning leaves undone in manual optimization, whatever the step is."""
 
 import math
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
-from lightning.pytorch.strategies import ParallelStrategy
+from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.strategies import ModelParallelStrategy, ParallelStrategy
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from sam_lightning.lr_schedules import step_plateaus
+from sam_lightning.optim import global_norm
+from sam_lightning.sharding import reshard, shard, share_buffers
+from sam_lightning.strategies import StrategyCheck
 
 
 class ManualOptimization(LightningModule):
@@ -41,12 +45,22 @@ class ManualOptimization(LightningModule):
 
     def _clip(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         assert self.gradient_clip_norm is not None
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        torch.nn.utils.clip_grad_norm_(parameters, self.gradient_clip_norm)
+        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        norm = global_norm([p.grad for p in parameters])
+        torch.nn.utils.clip_grads_with_norm_(parameters, self.gradient_clip_norm, norm)
 
     def _without_sync(self) -> AbstractContextManager[None]:
         strategy = self.trainer.strategy
         return strategy.block_backward_sync() if isinstance(strategy, ParallelStrategy) else nullcontext()
+
+    @property
+    def _finds_unused(self) -> bool:
+        """Whether a first pass that is not synchronised must leave gradients behind, though zero.
+
+        DistributedDataParallel with find_unused_parameters=True still takes a parameter for used in the second
+        pass if the first one used it, and fails where it then has no gradient.
+        """
+        return getattr(self.trainer.strategy.model, "find_unused_parameters", False)
 
     def on_train_epoch_end(self) -> None:
         """Logs the epoch's mean loss and steps `ReduceLROnPlateau`."""
@@ -57,18 +71,51 @@ class ManualOptimization(LightningModule):
         step_plateaus(self.trainer)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Has the running statistics broadcast."""
-        self._broadcast_buffers()
-
-    def on_validation_start(self) -> None:
-        """Has the running statistics broadcast."""
-        self._broadcast_buffers()
-
-    def _broadcast_buffers(self) -> None:
-        # In manual optimization Lightning leaves DistributedDataParallel in a state in which it never
-        # broadcasts buffers: every process would validate with running statistics of its own.
+        """Has DistributedDataParallel broadcast buffers, which it does not in Lightning's manual optimization."""
         if isinstance(self.trainer.strategy.model, DistributedDataParallel):
             self.trainer.strategy.model.require_forward_param_sync = True
+
+    # Else each process would evaluate with running statistics of its own.
+
+    def on_validation_start(self) -> None:
+        """Has every process validate with the first one's buffers, which are those that are saved."""
+        self._share_buffers()
+
+    def on_test_start(self) -> None:
+        """As `on_validation_start`."""
+        self._share_buffers()
+
+    def on_predict_start(self) -> None:
+        """As `on_validation_start`."""
+        self._share_buffers()
+
+    def _share_buffers(self) -> None:
+        if self.trainer.world_size > 1:
+            share_buffers(self)
+
+    def configure_callbacks(self) -> Sequence[Callback]:
+        """The check of the strategy."""
+        return [StrategyCheck()]
+
+    def configure_model(self) -> None:
+        """In ModelParallelStrategy shards every submodule by FSDP2, as `sharding.shard` does.
+
+        Override it to cut your network in other places.
+        """
+        if self._shards:
+            assert self.device_mesh is not None
+            for child in self.children():
+                if any(True for _ in child.parameters()):
+                    shard(child, self.device_mesh["data_parallel"])
+
+    @property
+    def _shards(self) -> bool:
+        # A module that is loaded by itself has no trainer.
+        return self._trainer is not None and isinstance(self.trainer.strategy, ModelParallelStrategy)
+
+    def _reshard(self) -> None:
+        if self._shards:
+            reshard(self)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds the losses of the epoch so far, so that a resumed epoch has the same mean."""

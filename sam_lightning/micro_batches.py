@@ -26,8 +26,7 @@ def split_batch(batch: Any, count: int) -> list[MicroBatch]:
     """
     if count == 1:
         return [(batch, 1.0)]
-    lengths: list[int] = []
-    apply_to_collection(batch, Tensor, lambda tensor: lengths.append(len(tensor)) if tensor.ndim else None)
+    lengths = _lengths(batch)
     if not lengths:
         raise TypeError("accumulate > 1 cuts the batch's tensors, and there is none with a first dimension.")
     if len(set(lengths)) > 1:
@@ -40,3 +39,15 @@ def split_batch(batch: Any, count: int) -> list[MicroBatch]:
     parts = [apply_to_collection(batch, Tensor, part, i) for i in range(count)]
     sizes = [len(chunk) for chunk in torch.empty(lengths[0]).tensor_split(count)]
     return [(micro_batch, size / lengths[0]) for micro_batch, size in zip(parts, sizes, strict=True)]
+
+
+def common_length(batch: Any) -> int | None:
+    """The number of samples in `batch`; `None` if its tensors do not tell."""
+    lengths = set(_lengths(batch))
+    return lengths.pop() if len(lengths) == 1 else None
+
+
+def _lengths(batch: Any) -> list[int]:
+    lengths: list[int] = []
+    apply_to_collection(batch, Tensor, lambda tensor: lengths.append(len(tensor)) if tensor.ndim else None)
+    return lengths

@@ -41,7 +41,7 @@ class SharpnessAwareModule(ManualOptimization):
     `train/loss_epoch`, the mean over batches of the first pass's loss.
 
     A subclass that overrides `on_train_epoch_end`, `on_train_batch_start`, `on_validation_start`,
-    `on_save_checkpoint` or `on_load_checkpoint` must call `super()`.
+    `on_test_start`, `on_predict_start`, `on_save_checkpoint` or `on_load_checkpoint` must call `super()`.
 
     Args:
         optimizer: Makes the optimizer from `parameter_groups()`, by default the named parameters.
@@ -56,6 +56,10 @@ class SharpnessAwareModule(ManualOptimization):
         sync_perturbation: In data-parallel training, whether all processes climb along their mean
             gradient (two all-reduces a step) or each along its own (m-sharpness with m the batch of one
             process; one all-reduce a step, and a different method).
+
+    Attributes:
+        m_sharpness: The number of samples that share a perturbation, known once training has begun; `None`
+            without a sharpness-aware optimizer. Logged once.
     """
 
     def __init__(
@@ -84,6 +88,7 @@ class SharpnessAwareModule(ManualOptimization):
         self._make_optimizer = optimizer
         self._make_lr_scheduler = lr_scheduler
         self.is_second_pass = False  # whether `loss` runs at w + e
+        self.m_sharpness: int | None = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Refuses a subclass with a `training_step`: it would replace the double forward-backward unseen."""
@@ -124,7 +129,7 @@ class SharpnessAwareModule(ManualOptimization):
             first = self._backward(micro_batches, sync=self.sync_perturbation)
             norm = self._grad_norm(inner)
             with inner.perturbed(), self._second_pass():
-                optimizer.zero_grad()
+                optimizer.zero_grad(set_to_none=self.sync_perturbation or not self._finds_unused)
                 second = self._backward(micro_batches, sync=True, factor=self._skip_unless_finite(norm))
             outputs = {"loss": first, "loss_perturbed": second}
         else:
@@ -132,6 +137,8 @@ class SharpnessAwareModule(ManualOptimization):
             norm = self._grad_norm(inner)
         if stats is not None:  # a forward pass that overflowed leaves no trace, as the step is skipped
             stats.restore(unless=global_norm(_grads(inner)).isfinite())
+        if self._shards:  # a checkpoint made of shards takes buffers from any process
+            self._share_buffers()
         self._epoch_losses.append(outputs["loss"])
         if self._logs_this_step:
             self._log_step(outputs, norm, inner.param_groups[0]["lr"])
@@ -158,11 +165,13 @@ class SharpnessAwareModule(ManualOptimization):
     def _second_pass(self) -> Iterator[None]:
         stats = frozen_running_stats(self) if self.batch_norm_stats == "first" else nullcontext()
         self.is_second_pass = True
+        self._reshard()
         try:
             with stats:
                 yield
         finally:
             self.is_second_pass = False
+            self._reshard()  # a pass that failed leaves weights gathered at w + e
 
     # Loss scaling and the optimizer.
 

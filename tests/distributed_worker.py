@@ -11,17 +11,35 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import DDPStrategy
+from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.distributed.nn.functional import all_reduce
 from torch.utils.data import DataLoader, DistributedSampler
 
-from regression import SAM_SGD, SGD, Regression, loader, make_data, make_network, state_of
+from regression import SAM_SGD, SGD, Branches, Regression, loader, make_data, make_network, state_of
 
+SYNC, LOCAL = {"sync_perturbation": True}, {"sync_perturbation": False}
+# name: (options of the module, options of DistributedDataParallel)
 PLAIN = {
-    "sync": {"sync_perturbation": True},
-    "local": {"sync_perturbation": False},
-    "sync-accumulate": {"sync_perturbation": True, "accumulate": 2},
-    "local-accumulate": {"sync_perturbation": False, "accumulate": 2},
-    "sgd": {"optimizer": SGD},
+    "sync": (SYNC, {}),
+    "local": (LOCAL, {}),
+    "sync-accumulate": (SYNC | {"accumulate": 2}, {}),
+    "local-accumulate": (LOCAL | {"accumulate": 2}, {}),
+    "sync-view": (SYNC | {"gradient_clip_norm": 0.5}, {"gradient_as_bucket_view": True}),
+    "local-view": (LOCAL | {"gradient_clip_norm": 0.5}, {"gradient_as_bucket_view": True}),
+    "local-view-accumulate": (LOCAL | {"accumulate": 2}, {"gradient_as_bucket_view": True}),
+    "sync-static": (SYNC, {"static_graph": True}),
+    "sgd": ({"optimizer": SGD}, {}),
+    "sgd-static": ({"optimizer": SGD}, {"static_graph": True}),
+}
+OVERFLOWS = {f"{mode}-overflow-{n}": (mode, n) for mode in ("sync", "local") for n in (1, 2)}
+
+
+UNUSED = {
+    "one-rank": lambda module: module.global_rank == 0,
+    "first-pass": lambda module: not module.is_second_pass,
+    "first-pass-of-one-rank": lambda module: module.global_rank == 0 and not module.is_second_pass,
+    "never": lambda module: False,
 }
 
 
@@ -34,13 +52,45 @@ class Validated(Regression):
         self.validated = state_of(self)
 
 
+class Unused(Regression):
+    """Takes the network's second branch on one rank, in one pass, or never."""
+
+    def __init__(self, used, **options):
+        super().__init__(network=Branches(), **options)
+        self.used = used
+
+    def loss(self, batch):
+        self.network.takes_second = self.used(self)
+        return super().loss(batch)
+
+
 class OverflowOnOneRank(Regression):
-    """The first pass of step 2 overflows in rank 1 alone."""
+    """One pass of step 2 overflows in rank 1 alone."""
+
+    def __init__(self, bad_pass, **options):
+        super().__init__(**options)
+        self.bad_pass = bad_pass
 
     def loss(self, batch):
         loss = super().loss(batch)
-        overflows = self.global_rank == 1 and self.global_step == 2 and not self.is_second_pass
-        return loss + (0 * self.network[0].weight.sum() * math.inf if overflows else 0)
+        here = self.global_rank == 1 and self.global_step == 2 and self.is_second_pass == (self.bad_pass == 2)
+        return loss + (0 * self.network[0].weight.sum() * math.inf if here else 0)
+
+
+class SyncNorm(nn.BatchNorm1d):
+    """What SyncBatchNorm computes, which runs on GPUs only: statistics of all ranks' samples."""
+
+    def forward(self, x):
+        if not self.training:
+            return super().forward(x)
+        count = 2 * len(x)
+        mean, square = all_reduce(torch.stack([x, x.square()]).sum(1)) / count
+        variance = square - mean.square()
+        with torch.no_grad():
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(variance * count / (count - 1), self.momentum)
+            self.num_batches_tracked += 1
+        return (x - mean) / (variance + self.eps).sqrt() * self.weight + self.bias
 
 
 class Watch(Callback):
@@ -58,47 +108,87 @@ class Watch(Callback):
         trainer.strategy.model.register_comm_hook(None, counted)
 
     def on_train_batch_end(self, trainer, module, *_):
-        self.after.append(module.network[0].weight.detach().clone())
+        self.after.append(next(module.network.parameters()).detach().clone())
 
 
-def fit(module, validate=False, **options):
+class Ragged(DataLoader):
+    """Batches of 4, but for the last: 3 samples on rank 0, 1 on rank 1."""
+
+    def __init__(self, data, rank):
+        own = list(range(rank, 44, 2))
+        batches = [own[i : i + 4] for i in range(0, 20, 4)]
+        super().__init__(data, batch_sampler=[*batches, [44, 45, 46] if rank == 0 else [47]])
+
+
+def fit(module, samples=160, validate=False, ddp=None, ragged=False, accelerator="cpu", **options):
     watch = Watch()
     trainer = Trainer(
-        accelerator="cpu",
+        accelerator=accelerator,
         devices=2,
-        strategy=DDPStrategy(process_group_backend="gloo"),
-        max_epochs=1,
+        strategy=DDPStrategy(**(ddp or {})),
         callbacks=[watch],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        **options,
+        **{"max_epochs": 1, "use_distributed_sampler": False, **options},
     )
-    data = make_data(160)
-    sampler = DistributedSampler(data, num_replicas=2, rank=int(os.environ["RANK"]), shuffle=False)
-    batches = DataLoader(data, batch_size=4, sampler=sampler)
+    data, rank = make_data(samples), int(os.environ["RANK"])
+    sampler = DistributedSampler(data, num_replicas=2, rank=rank, shuffle=False)
+    batches = Ragged(data, rank) if ragged else DataLoader(data, batch_size=4, sampler=sampler)
     trainer.fit(module, batches, *([loader(batch_size=4, samples=8)] if validate else []))
-    optimizer = trainer.optimizers[0].state_dict()["state"]
     return {
         "state": state_of(module),
         "steps": trainer.global_step,
         "reductions": watch.reductions,
         "after": watch.after,
-        "optimizer": optimizer,
+        "optimizer": trainer.optimizers[0].state_dict()["state"],
+        "m": module.m_sharpness,
     }
 
 
-def main(folder: Path) -> None:
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
-    results = {name: fit(Regression(network=make_network(norm=False), **options)) for name, options in PLAIN.items()}
+def on_the_cpu():
+    results = {}
+    for name, (options, ddp) in PLAIN.items():
+        results[name] = fit(Regression(network=make_network(norm=False), **options), ddp=ddp)
+    for mode, options in {"sync": SYNC, "local": LOCAL}.items():
+        plain = {"network": make_network(norm=False), **options}
+        results[f"{mode}-short-last"] = fit(Regression(**plain), samples=150)
+        plain = {"network": make_network(norm=False), **options, "accumulate": 2}
+        results[f"{mode}-ragged-last"] = fit(Regression(**plain), ragged=True)
+    for name, used in UNUSED.items():
+        for mode, options in {"sync": SYNC, "local": LOCAL}.items():
+            module = Unused(used, **options)
+            results[f"{mode}-{name}"] = fit(module, ddp={"find_unused_parameters": True})
     with_norm = Validated(SAM_SGD)
     results["norm"] = {**fit(with_norm, validate=True), "validated": with_norm.validated}
-    plugin = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=1024.0))
-    results["overflow"] = {**fit(OverflowOnOneRank(), plugins=[plugin]), "scale": plugin.scaler.get_scale()}
-    torch.save(results, folder / f"rank{os.environ['RANK']}.pt")
+    network = make_network()
+    network[1] = SyncNorm(12)
+    network.load_state_dict(make_network().state_dict())
+    results["sync-norm"] = fit(Regression(network=network, **SYNC))
+    for name, (mode, bad_pass) in OVERFLOWS.items():
+        plugin = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=1024.0))
+        module = OverflowOnOneRank(bad_pass, sync_perturbation=mode == "sync")
+        results[name] = {**fit(module, plugins=[plugin]), "scale": plugin.scaler.get_scale()}
+    for precision in ("bf16-mixed", "bf16-true"):
+        for mode, options in {"sync": SYNC, "local": LOCAL}.items():
+            module = Regression(network=make_network(norm=False), **options)
+            results[f"{mode}-{precision}"] = fit(module, precision=precision)
+    try:
+        fit(Regression(), sync_batchnorm=True)
+    except ValueError as error:
+        results["sync-batch-norm"] = str(error)
+    return results
+
+
+def on_two_gpus():
+    """SyncBatchNorm, whose forward pass runs on GPUs only."""
+    result = fit(Regression(**SYNC), accelerator="gpu", sync_batchnorm=True)
+    return {"sync-norm": {"state": {name: value.cpu() for name, value in result["state"].items()}}}
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    folder, where = Path(sys.argv[1]), sys.argv[2]
+    torch.save(on_two_gpus() if where == "gpu" else on_the_cpu(), folder / f"rank{os.environ['RANK']}.pt")

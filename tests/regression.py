@@ -27,6 +27,41 @@ def make_network(norm: bool = True, dropout: float = 0.0) -> nn.Sequential:
     return network
 
 
+class Branches(nn.Module):
+    """A network with a second branch, which it takes or not."""
+
+    def __init__(self):
+        super().__init__()
+        self.takes_second = True
+        self.trunk, self.first, self.second = nn.Linear(6, 12), nn.Linear(12, 1), nn.Linear(12, 1)
+        generator = torch.Generator().manual_seed(1)
+        for parameter in self.parameters():
+            nn.init.normal_(parameter, std=0.4, generator=generator)
+
+    def forward(self, x):
+        hidden = torch.tanh(self.trunk(x))
+        return self.first(hidden) + (self.second(hidden) if self.takes_second else 0)
+
+
+class Tied(nn.Module):
+    """A list of layers, one of which shares its weight with the last, and a parameter of the network's own."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(6, 6), nn.Linear(6, 6)])
+        self.tail = nn.Linear(6, 6, bias=False)
+        self.tail.weight = self.layers[0].weight
+        self.scale = nn.Parameter(torch.ones(1))
+        generator = torch.Generator().manual_seed(1)
+        for parameter in self.parameters():
+            nn.init.normal_(parameter, std=0.4, generator=generator)
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = torch.tanh(layer(x))
+        return self.tail(x).mean(1, keepdim=True) * self.scale
+
+
 def make_data(samples: int = 64) -> TensorDataset:
     generator = torch.Generator().manual_seed(2)
     x = torch.randn(samples, 6, generator=generator)

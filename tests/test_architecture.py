@@ -14,8 +14,8 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # Lowest first: a file imports from its own layer's package and from lower ones.
 LAYERS = [
-    {"optim", "batch_norm", "networks", "micro_batches", "lr_schedules", "files"},
-    {"run_directory", "checkpoint_io"},
+    {"optim", "batch_norm", "networks", "micro_batches", "lr_schedules", "files", "sharding"},
+    {"run_directory", "checkpoint_io", "strategies"},
     {"manual", "data", "callbacks"},
     {"module"},
     {"classifier"},
@@ -23,7 +23,7 @@ LAYERS = [
     {"studies"},
     {"__main__"},
 ]
-TORCH_ONLY = {"__init__", "optim", "batch_norm", "networks"}
+TORCH_ONLY = {"__init__", "optim", "batch_norm", "networks", "sharding"}
 
 
 def part(path: Path) -> str:

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from sam_lightning.optim.shards import local_parts
+
 Params: TypeAlias = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 BaseOptimizer: TypeAlias = Callable[[Params], Optimizer]
 
@@ -95,7 +97,8 @@ class SharpnessAware(Optimizer, ABC):
         """Moves the weights to w + e, and on leaving back to w, bit for bit, whatever happens inside.
 
         Nothing moves where the gradient is zero or not finite. The gradients are left as they are: call
-        `zero_grad()` inside before the second backward pass.
+        `zero_grad()` inside before the second backward pass. A module under FSDP2 keeps the weights that it
+        gathered in a forward pass until a backward pass: after one without the other call its `reshard()`.
 
         Raises:
             RuntimeError: If entered while perturbed, if no parameter has a gradient, or if one is sparse.
@@ -161,7 +164,9 @@ class SharpnessAware(Optimizer, ABC):
         """
         self._refuse_if_perturbed("step()")
         if not (self._now.has_ascended or self._now.has_warned) and any(
-            group["rho"] > 0 and any(p.grad is not None for p in group["params"]) for group in self.param_groups
+            # A step at lr = 0 is torch.distributed.checkpoint's, by which it has state made to load into.
+            group["rho"] > 0 and group.get("lr") != 0 and any(p.grad is not None for p in group["params"])
+            for group in self.param_groups
         ):
             self._now.has_warned = True
             warnings.warn(
@@ -229,4 +234,6 @@ def check_radius(name: str, value: float) -> float:
 @torch.no_grad()
 def _copy(sources: list[Tensor], targets: list[Tensor]) -> None:
     if targets:
-        torch._foreach_copy_(targets, sources)
+        # In place: a sharded weight that is given other storage is not the one that its module gathers.
+        # Part by part: torch has no rule for copying lists of sharded tensors.
+        torch._foreach_copy_(local_parts(targets), local_parts(sources))

@@ -3,13 +3,18 @@
 import torch
 from torch import Tensor
 
+from sam_lightning.optim.shards import whole
+
 TINY = 1e-12  # added to every norm: a zero gradient gives a zero displacement, not NaN
 _LOW_PRECISION = (torch.float16, torch.bfloat16)
 
 
 def global_norm(tensors: list[Tensor]) -> Tensor:
-    """The L2 norm of all entries together, 0-dimensional; half precision is summed in float32."""
-    return torch.nn.utils.get_total_norm([t.float() if t.dtype in _LOW_PRECISION else t for t in tensors])
+    """The L2 norm of all entries together, 0-dimensional; half precision is summed in float32.
+
+    Of sharded tensors, over all their shards: every process must call this.
+    """
+    return whole(torch.nn.utils.get_total_norm([t.float() if t.dtype in _LOW_PRECISION else t for t in tensors]))
 
 
 def divide_by_norm(vectors: list[Tensor], norm: Tensor) -> list[Tensor]:

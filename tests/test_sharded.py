@@ -1,0 +1,140 @@
+"""FSDP2 in two gloo processes on the CPU, in plain PyTorch and in Lightning, against one process."""
+
+import math
+import re
+
+import pytest
+import torch
+
+from cases import BASES, CASES, Net, displaced, length, ready, several_groups, step
+from launch import two_ranks
+from regression import SAM_SGD, SGD, Tied, assert_same, bare_loop, loader, make_network, state_of
+
+every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    """What the two ranks ended with, for every case, from one launch."""
+    return two_ranks("sharded_worker.py", tmp_path_factory.mktemp("ranks"))
+
+
+# Plain PyTorch, in float64: each rank has half of the samples.
+
+
+@every_case
+@pytest.mark.parametrize("base", ["momentum", "adam"])
+def test_the_optimizer_in_plain_pytorch_equals_one_process(ranks, case, base):
+    net = Net()
+    groups, *_ = several_groups(list(net.named_parameters()))
+    optimizer = case.make(groups, BASES[base][0], rho=0.3)
+    for _ in range(20):
+        step(optimizer, net)
+    for rank in ranks:
+        for sharded, whole in zip(rank["plain"]["trained"][case.name, base], net.parameters(), strict=True):
+            torch.testing.assert_close(sharded, whole.detach(), rtol=0, atol=1e-9)
+
+
+@every_case
+@pytest.mark.parametrize("on", [(), ("accelerator",)], ids=["cpu", "accelerator-branch"])
+def test_the_norm_and_the_displacement_go_over_all_shards(ranks, case, on):
+    net, optimizer = ready(case)
+    norm = length([p.grad for p in net.parameters() if p.grad is not None])
+    moved = displaced(optimizer, net)
+    for rank in ranks:
+        inside = rank["plain"]["inside"][case.name, True, *on]
+        assert inside["norm"].item() == pytest.approx(norm, rel=1e-9)
+        for sharded, whole in zip(inside["moved"], moved, strict=True):
+            torch.testing.assert_close(sharded, whole, rtol=0, atol=1e-12)
+
+
+@every_case
+@pytest.mark.parametrize("on", [(), ("accelerator",)], ids=["cpu", "accelerator-branch"])
+def test_a_gradient_that_is_not_finite_in_one_shard_moves_none(ranks, case, on):
+    for rank in ranks:
+        inside = rank["plain"]["inside"][case.name, False, *on]
+        assert math.isnan(inside["norm"].item())
+        assert length(inside["moved"]) == 0
+
+
+@every_case
+def test_sharded_weights_are_restored_bit_for_bit(ranks, case):
+    for rank in ranks:
+        assert all(inside["restored"] for inside in rank["plain"]["inside"].values())
+        assert rank["plain"]["lr0"][case.name]
+
+
+# Lightning.
+
+
+def assert_close(rank, network, atol=1e-6):
+    for name, value in state_of(network).items():
+        torch.testing.assert_close(rank["state"][f"network.{name}"].float(), value, rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize(
+    ("case", "options"),
+    [
+        ("sync", {}),
+        ("accumulate", {}),
+        ("clip", {"clip": 0.05}),
+        ("sgd", {}),
+        ("short-last", {}),
+        ("own-cut", {}),
+        ("tied", {}),
+        ("bf16-mixed", {}),
+        ("bf16-true", {}),
+    ],
+)
+def test_sharded_ranks_equal_one_process_on_the_joined_batch(ranks, case, options):
+    network = Tied() if case == "tied" else make_network(norm=False)
+    optimizer = (SGD if case == "sgd" else SAM_SGD)(list(network.named_parameters()))
+    bare_loop(network, optimizer, loader(batch_size=8, samples=150 if case == "short-last" else 160), **options)
+    for rank in ranks:
+        assert_close(rank[case], network, atol=0.05 if "bf16" in case else 1e-6)
+        assert_same(rank[case]["state"], ranks[0][case]["state"])
+        assert rank[case]["steps"] == (19 if case == "short-last" else 20)
+        for mine, first in zip(rank[case]["momenta"], ranks[0][case]["momenta"], strict=True):
+            assert torch.equal(mine, first)
+    assert ranks[1][case]["m"] == (None if case == "sgd" else 8)
+
+
+def test_ranks_hold_and_validate_with_the_first_ones_running_statistics(ranks):
+    assert ranks[0]["validated"]["network.1.running_mean"].abs().sum() > 0
+    assert_same(ranks[0]["validated"], ranks[1]["validated"])
+    assert_same(ranks[0]["norm"]["state"], ranks[1]["norm"]["state"])
+
+
+@pytest.mark.parametrize("distributed", [True, False], ids=["sharded-checkpoint", "single-file"])
+def test_resume_is_bit_identical(ranks, distributed):
+    for rank in ranks:
+        straight, resumed = (rank["resume", distributed][which] for which in ("straight", "resumed"))
+        assert rank["resume", distributed]["is_folder"] == distributed
+        assert straight["steps"] == resumed["steps"] == 20
+        assert straight["losses"][10:] == resumed["losses"]
+        assert_same(straight["state"], resumed["state"])
+        for a, b in zip(straight["momenta"], resumed["momenta"], strict=True):
+            assert torch.equal(a, b)
+
+
+def test_a_failed_second_pass_leaves_no_perturbed_weights_gathered(ranks):
+    for rank in ranks:
+        torch.testing.assert_close(rank["failed"]["computed"], rank["failed"]["expected"], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        ("local", "sync_perturbation must be True in ModelParallelStrategy, got False"),
+        ("half-sharded", "parameter scale is not sharded"),
+        ("tensor-parallel", "tensor_parallel_size must be 1, got 2"),
+        ("fp16", "precision 16-mixed does not work in ModelParallelStrategy"),
+        ("static-local", r"sync_perturbation must be True in DDPStrategy with static_graph=True, got False"),
+        ("static-accumulate", "accumulate must be 1 in DDPStrategy with static_graph=True, got 2"),
+        ("fsdp1", "strategy Fsdp1 does not work here: FSDP1 .* Use ModelParallelStrategy"),
+        ("fsdp1-sgd", "strategy Fsdp1 does not work here: FSDP1 .* Use ModelParallelStrategy"),
+    ],
+)
+def test_what_cannot_work_is_refused_by_name(ranks, case, message):
+    for rank in ranks:
+        assert re.match(f"StrategyError: {message}", rank["refused"][case]), rank["refused"][case]
