@@ -17,7 +17,7 @@ from lightning_utilities.core.rank_zero import rank_zero_only
 from sam_lightning.callbacks import EpochHistory, HyperparameterPage, LastCheckpoint, RandomStates
 from sam_lightning.checkpoint_io import AtomicCheckpointIO
 from sam_lightning.classifier import ImageClassifier  # noqa: F401  # so that --model ImageClassifier is found
-from sam_lightning.data import DataError
+from sam_lightning.messages import SettingsError, explain
 from sam_lightning.module import SharpnessAwareModule
 from sam_lightning.run_directory import (
     CHECKPOINTS,
@@ -187,10 +187,6 @@ class CLI(LightningCLI):
         print(f"{'tensorboard':<15}tensorboard --host 127.0.0.1 --logdir {self.run}")
 
 
-class SettingsError(ValueError):
-    """A value of the configuration that model, data, optimizer or trainer refuse."""
-
-
 def main(args: list[str] | None = None, callbacks: Iterable[Callback] = ()) -> CLI:
     """Runs one command.
 
@@ -219,12 +215,11 @@ def main(args: list[str] | None = None, callbacks: Iterable[Callback] = ()) -> C
             trainer_defaults={"callbacks": [RandomStates(), EpochHistory(), HyperparameterPage(), *callbacks]},
             args=args,
         )
-    except (CheckpointError, DataError, SettingsError) as error:
-        sys.exit(f"sam-lightning: error: {error}")
-    except RuntimeError as error:
-        if "Error(s) in loading state_dict" not in str(error):
+    except Exception as error:
+        message = explain(error)
+        if message is None:
             raise
-        sys.exit(f"sam-lightning: error: the checkpoint is of another network. {error}")
+        sys.exit(f"sam-lightning: error: {message}")
 
 
 def _is_no_advertisement(record: logging.LogRecord) -> bool:

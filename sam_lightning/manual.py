@@ -8,18 +8,26 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.strategies import ModelParallelStrategy, ParallelStrategy
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from sam_lightning.loops import prepare_resume
 from sam_lightning.lr_schedules import step_plateaus
 from sam_lightning.optim import global_norm
 from sam_lightning.sharding import reshard, shard, share_buffers
 from sam_lightning.strategies import StrategyCheck
 
 
+class DivergedError(ArithmeticError):
+    """Weights that are not finite: nothing that training could still save would be of use."""
+
+
 class ManualOptimization(LightningModule):
     """Clips in the step, logs and resumes the epoch's mean loss, steps plateaus, has buffers broadcast.
+
+    Stops training whose weights are not finite any more, before a checkpoint of them is saved.
 
     Args:
         gradient_clip_norm: Largest L2 norm of the gradient of a step; `None`: no clipping.
@@ -62,8 +70,25 @@ class ManualOptimization(LightningModule):
         """
         return getattr(self.trainer.strategy.model, "find_unused_parameters", False)
 
+    def _stop_if_diverged(self) -> None:
+        """Looks at the weights, not at a loss: in data-parallel training all processes come to the same answer."""
+        if global_norm([p.detach() for p in self.parameters() if p.is_floating_point()]).isfinite():
+            return
+        bad = next((i for i, loss in enumerate(self._epoch_losses) if not math.isfinite(loss)), None)
+        since = "" if bad is None else f" since the loss of batch {bad} was not"
+        raise DivergedError(
+            f"training diverged: the weights are not finite in epoch {self.current_epoch + 1}, step {self.global_step}"
+            f"{since}. Lower the learning rate or rho, set gradient_clip_norm, or look for data that are not finite. "
+            "The checkpoints of earlier epochs are as they were."
+        )
+
     def on_train_epoch_end(self) -> None:
-        """Logs the epoch's mean loss and steps `ReduceLROnPlateau`."""
+        """Logs the epoch's mean loss and steps `ReduceLROnPlateau`.
+
+        Raises:
+            DivergedError: If the weights are not finite.
+        """
+        self._stop_if_diverged()
         if self._epoch_losses:
             mean = math.fsum(map(float, self._epoch_losses)) / len(self._epoch_losses)
             self.log("train/loss_epoch", mean, sync_dist=True)
@@ -122,5 +147,11 @@ class ManualOptimization(LightningModule):
         checkpoint["epoch_losses"] = [float(loss) for loss in self._epoch_losses]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restores the losses of the epoch so far."""
+        """Restores the losses of the epoch so far.
+
+        Raises:
+            CheckpointError: If training cannot go on from there without losing a part of an epoch.
+        """
+        if self.trainer.state.fn == TrainerFn.FITTING:
+            prepare_resume(checkpoint["loops"], self.trainer.max_epochs, self.trainer.max_steps)
         self._epoch_losses = list(checkpoint.get("epoch_losses", []))

@@ -89,6 +89,7 @@ class SharpnessAwareModule(ManualOptimization):
         self._make_lr_scheduler = lr_scheduler
         self.is_second_pass = False  # whether `loss` runs at w + e
         self.m_sharpness: int | None = None
+        self.register_state_dict_pre_hook(_refuse_perturbed)  # type: ignore[no-untyped-call]  # torch gives no types
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Refuses a subclass with a `training_step`: it would replace the double forward-backward unseen."""
@@ -212,6 +213,7 @@ class SharpnessAwareModule(ManualOptimization):
         return global_norm(_grads(optimizer))
 
     def _log_step(self, outputs: dict[str, Tensor], norm: Tensor | None, learning_rate: float) -> None:
+        self._stop_if_diverged()
         values = {f"train/{name}": value for name, value in outputs.items() if name != "loss"}
         if norm is not None:
             values["train/grad_norm"] = norm / (self._scaler.get_scale() if self._scaler else 1)
@@ -222,6 +224,12 @@ class SharpnessAwareModule(ManualOptimization):
         """Lightning's `log`, silent in the second pass: what `loss` logs is the first pass's."""
         if not self.is_second_pass:
             super().log(*args, **kwargs)
+
+
+def _refuse_perturbed(module: SharpnessAwareModule, prefix: str, keep_vars: bool) -> None:
+    """Whatever would save the weights, checkpoints first of all, asks for the module's `state_dict`."""
+    if module.is_second_pass:
+        raise RuntimeError("the weights are perturbed in the second pass: save or export them outside of loss().")
 
 
 def _grads(optimizer: Optimizer) -> list[Tensor]:

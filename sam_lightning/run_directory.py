@@ -1,5 +1,6 @@
 """The directory of one run: its configuration, its checkpoints, and which of them is meant."""
 
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from sam_lightning.files import replacing
 
 CONFIG = "config.yaml"
 CHECKPOINTS = "checkpoints"
+SHARDED = "meta.pt"  # in a checkpoint that is a folder of shards: all but the tensors, written last
 # Where data lie and how they are read does not change what is trained.
 FREE_OF_CONSEQUENCE = {"root", "num_workers", "download", "eval_batch_size"}
 
@@ -24,32 +26,33 @@ def find_checkpoint(run: Path, which: str) -> Path:
 
     Args:
         run: Directory of the run.
-        which: `last` (the newest), `best` (by the run's monitored metric), a run directory, or a file.
+        which: `last` (the newest that is whole), `best` (by the run's monitored metric), a run directory, or a file.
 
     Raises:
         CheckpointError: If there is no such file; the message says where it was looked for.
     """
     if which not in ("last", "best"):
         path = Path(which)
-        if path.is_dir():
+        if path.is_dir() and not (path / SHARDED).is_file():
             return find_checkpoint(path, "last")
-        if path.is_file():
+        if path.exists():
             return path
         raise CheckpointError(
             f"--ckpt_path {which}: no such file. Give last, best, a run directory, or a checkpoint file."
         )
     folder = run / CHECKPOINTS
-    # Killed before its first last.ckpt was complete, or trained elsewhere: the newest of all is the last.
-    files = list(folder.glob("last*.ckpt")) or list(folder.glob("*.ckpt"))
-    found = sorted(files, key=lambda path: path.stat().st_mtime_ns)
+    # Those called last first; a run that was killed before its first one was complete may still have others.
+    newest = sorted(folder.glob("*.ckpt"), key=lambda path: path.stat().st_mtime_ns, reverse=True)
+    found = sorted(newest, key=lambda path: not path.name.startswith("last"))
     if not found:
         raise CheckpointError(
             f"--ckpt_path {which}: no checkpoint in {folder.resolve()}. Run `fit` first, or name the run by "
             "--trainer.default_root_dir."
         )
+    last = _first_whole(found)
     if which == "last":
-        return found[-1]
-    for state in read_checkpoint(found[-1]).get("callbacks", {}).values():
+        return last
+    for state in read_checkpoint(last).get("callbacks", {}).values():
         best = state.get("best_model_path") if state.get("monitor") else None
         if best:
             path = folder / Path(best).name  # the run may have been moved since
@@ -57,9 +60,21 @@ def find_checkpoint(run: Path, which: str) -> Path:
                 return path
             raise CheckpointError(f"--ckpt_path best: the run's best checkpoint {path.resolve()} is gone.")
     raise CheckpointError(
-        f"--ckpt_path best: {found[-1]} names no best checkpoint. The run needs a ModelCheckpoint with a "
+        f"--ckpt_path best: {last} names no best checkpoint. The run needs a ModelCheckpoint with a "
         "monitor and a validation (--data.validation); or give --ckpt_path last."
     )
+
+
+def _first_whole(paths: list[Path]) -> Path:
+    for path in paths[:-1]:
+        try:
+            read_checkpoint(path)
+        except CheckpointError as error:
+            print(f"sam-lightning: note: {error}. An older one is taken instead.", file=sys.stderr)
+        else:
+            return path
+    read_checkpoint(paths[-1])
+    return paths[-1]
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
@@ -69,9 +84,12 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         CheckpointError: If the file is damaged, or holds anything but tensors and primitives.
     """
     try:
-        content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        file = path / SHARDED if path.is_dir() else path
+        content: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # torch raises many kinds for a damaged file
-        raise CheckpointError(f"{path} is damaged or no checkpoint: {str(error).splitlines()[0]}") from error
+        raise CheckpointError(
+            f"{path} is damaged or no checkpoint: {str(error).splitlines()[0].rstrip('.')}"
+        ) from error
     return content
 
 

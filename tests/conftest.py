@@ -10,6 +10,9 @@ from lightning.pytorch import Trainer
 from fake_cifar10 import fake_cifar10, fake_files  # noqa: F401  # fixtures, for every test
 
 REPOSITORY = Path(__file__).parents[1]
+# Networks this small are slower with more threads, and far slower on a busy machine; here and in what tests start.
+torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(autouse=True)

@@ -15,10 +15,12 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # Lowest first: a file imports from its own layer's package and from lower ones.
 LAYERS = [
     {"optim", "batch_norm", "networks", "micro_batches", "lr_schedules", "files", "sharding"},
-    {"run_directory", "checkpoint_io", "strategies"},
+    {"run_directory", "strategies"},
+    {"loops", "checkpoint_io"},
     {"manual", "data", "callbacks"},
     {"module"},
     {"classifier"},
+    {"messages"},
     {"cli"},
     {"studies"},
     {"__main__"},

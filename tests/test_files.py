@@ -7,6 +7,7 @@ import torch
 
 from sam_lightning.checkpoint_io import AtomicCheckpointIO
 from sam_lightning.files import replacing
+from sam_lightning.run_directory import CheckpointError
 
 
 def test_a_draft_takes_the_place_of_the_file(tmp_path):
@@ -58,7 +59,9 @@ def test_a_checkpoint_is_written_beside_its_target(tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(torch, "save", full)
-        with pytest.raises(OSError, match="No space"):
+        with pytest.raises(
+            CheckpointError, match=r"last.ckpt cannot be written \([\d,]+ bytes are free\): .* No space"
+        ):
             files.save_checkpoint({"epoch": 2}, path)
     assert files.load_checkpoint(path, weights_only=True) == {"epoch": 1}
     assert os.listdir(path.parent) == ["last.ckpt"]
