@@ -59,9 +59,7 @@ def test_a_checkpoint_is_written_beside_its_target(tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(torch, "save", full)
-        with pytest.raises(
-            CheckpointError, match=r"last.ckpt cannot be written \([\d,]+ bytes are free\): .* No space"
-        ):
+        with pytest.raises(CheckpointError, match=r"last.ckpt cannot be written \([\d,]+ bytes free\): .* No space"):
             files.save_checkpoint({"epoch": 2}, path)
     assert files.load_checkpoint(path, weights_only=True) == {"epoch": 1}
     assert os.listdir(path.parent) == ["last.ckpt"]
