@@ -60,10 +60,14 @@ class LastCheckpoint(ModelCheckpoint):
 
     Lightning's own `save_last` waits for the next epoch in which the monitored metric improves, so that a run
     that is interrupted long after its best epoch would go back to there.
+
+    Args:
+        in_shards: Whether checkpoints are folders that all processes write into. Such a one cannot replace another
+            as a whole: each epoch's has its own name, and the one before goes when it is complete.
     """
 
-    def __init__(self) -> None:
-        super().__init__(filename="last", save_on_train_epoch_end=True)
+    def __init__(self, in_shards: bool = False) -> None:
+        super().__init__(filename="last-{epoch}" if in_shards else "last", save_on_train_epoch_end=True)
 
 
 class EpochHistory(Callback):

@@ -149,7 +149,8 @@ class CLI(LightningCLI):
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # the default: none was configured
             trainer.strategy.checkpoint_io = AtomicCheckpointIO()
         if trainer.checkpoint_callbacks:  # behind the others: what it saves names their newest files
-            trainer.callbacks.append(LastCheckpoint())  # type: ignore[attr-defined]  # set by a part of the trainer
+            in_shards = getattr(trainer.strategy, "_save_distributed_checkpoint", False)
+            trainer.callbacks.append(LastCheckpoint(in_shards))  # type: ignore[attr-defined]  # of a part of the trainer
         return trainer
 
     def after_fit(self) -> None:

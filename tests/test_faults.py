@@ -279,6 +279,20 @@ def ended(processes, seconds):
     return [process.returncode for process in processes], errors
 
 
+def test_a_sharded_run_replaces_its_newest_checkpoint_only_by_a_complete_one():
+    strategy = ["--trainer.strategy", "ModelParallelStrategy", "--trainer.strategy.data_parallel_size", "1"]
+    words = [*WORDS, *strategy, "--trainer.strategy.tensor_parallel_size", "1"]
+    for epochs, more in ((2, []), (3, ["--ckpt_path", "last"])):
+        command = [sys.executable, "-m", "sam_lightning", *words, "--trainer.max_epochs", str(epochs), *more]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment(), check=False, timeout=120)
+        assert done.returncode == 0, done.stderr[-2000:]
+        last = find_checkpoint(RUN, "last")
+        assert last.name == f"last-epoch={epochs - 1}.ckpt"
+        assert read_checkpoint(last)["epoch"] == epochs - 1
+    straight = fit(epochs=3)  # one process that shards among itself is one process
+    assert straight.trainer.global_step == read_checkpoint(last)["global_step"]
+
+
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize("victim", [1, pytest.param(0, marks=pytest.mark.slow)])
 def test_a_process_that_dies_takes_the_other_down_in_bounded_time(victim):
