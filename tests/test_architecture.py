@@ -15,6 +15,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # Lowest first: a file imports from its own layer's package and from lower ones.
 LAYERS = [
     {"optim", "batch_norm", "networks", "micro_batches", "lr_schedules", "files"},
+    {"sharpness"},
     {"run_directory", "checkpoint_io"},
     {"manual", "data", "callbacks"},
     {"module"},
@@ -23,7 +24,7 @@ LAYERS = [
     {"studies"},
     {"__main__"},
 ]
-TORCH_ONLY = {"__init__", "optim", "batch_norm", "networks"}
+TORCH_ONLY = {"__init__", "optim", "batch_norm", "networks", "sharpness"}
 
 
 def part(path: Path) -> str:

@@ -1,11 +1,11 @@
 """The curvature of the loss: largest eigenvalues and trace of its Hessian."""
 
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 import torch
-from curvlinops import HessianLinearOperator, hutchinson_trace
 from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
 from torch import Tensor, nn
 
@@ -13,6 +13,10 @@ from sam_lightning.sharpness.batches import samples_in
 from sam_lightning.sharpness.objective import Estimate, Loss, Objective, mean_over_parts, objective_of
 from sam_lightning.sharpness.scale import Adaptive
 from sam_lightning.sharpness.undisturbed import BatchNorm
+
+with warnings.catch_warnings():  # of a package that curvlinops imports: nothing a user could act on
+    warnings.filterwarnings("ignore", r"`torch\.jit\.script.*` is deprecated", category=Warning)
+    from curvlinops import HessianLinearOperator, hutchinson_trace
 
 
 def largest_eigenvalues(
@@ -121,8 +125,8 @@ class ScaledHessian:
         objective.move(None)
         self._objective = objective
         self._T = torch.cat([t.flatten() for t in objective.T])
-        self._hessian = HessianLinearOperator(
-            _BatchLoss(objective),
+        self._hessian = _Hessian(
+            objective.batch_loss,
             _Mean(),
             objective.weights,
             [(batch, torch.empty(0)) for batch in objective.batches],
@@ -140,25 +144,34 @@ class ScaledHessian:
         return T * self._objective.over_processes([self._hessian @ (T * vectors)])[0]
 
 
-class _BatchLoss(nn.Module):
-    """The loss of a batch, as a network whose output is its loss already."""
+class _Hessian(HessianLinearOperator):  # type: ignore[misc]  # curvlinops ships no types
+    """Products by differentiating backwards twice.
 
-    def __init__(self, objective: Objective) -> None:
-        super().__init__()
-        self.network = objective.network
-        self._of = objective.batch_loss
+    curvlinops differentiates the gradient forwards, which torch does wrongly, without a word, through normalisation
+    by batch statistics (github.com/pytorch/pytorch/issues/196699), and not at all through GroupNorm.
+    """
 
-    def forward(self, batch: Any) -> Tensor:
-        return self._of(batch)
+    def _matmat_batch(self, X: Any, y: Tensor, M: list[Tensor]) -> list[Tensor]:
+        loss = self._model_func(X)
+        gradient = torch.autograd.grad(loss, self._params, create_graph=True, materialize_grads=True)
+        curved = [i for i, part in enumerate(gradient) if part.requires_grad]  # others are constant: no curvature
+        columns = []
+        for k in range(M[0].shape[-1]):
+            along = [M[i][..., k] for i in curved]
+            columns.append(
+                torch.autograd.grad(
+                    [gradient[i] for i in curved], self._params, along, retain_graph=True, materialize_grads=True
+                )
+                if curved
+                else [torch.zeros_like(weight) for weight in self._params]
+            )
+        return [torch.stack(parts, dim=-1) for parts in zip(*columns, strict=True)]
 
 
 class _Mean(nn.Module):
-    """What curvlinops takes for the loss function of that network."""
+    """The loss function that curvlinops asks for, where the network's output is its mean loss already."""
 
     reduction = "mean"
-
-    def forward(self, loss: Tensor, _: Tensor) -> Tensor:
-        return loss
 
 
 def _eigenvalues(objective: Objective, count: int, tolerance: float) -> list[float]:
@@ -170,15 +183,18 @@ def _eigenvalues(objective: Objective, count: int, tolerance: float) -> list[flo
             raise RuntimeError("the Hessian is not finite: the loss or its gradient overflows at these weights.")
         return found
 
+    start = torch.randn(hessian.shape[0], dtype=torch.float64).numpy()  # of the seed: the same in every process
+    if not product(start).any():  # the Hessian is zero, where ARPACK gives up
+        return [0.0] * count
     try:
         found = eigsh(
             LinearOperator(hessian.shape, product, dtype=np.float64),
             count,
             which="LA",
-            v0=torch.randn(hessian.shape[0], dtype=torch.float64).numpy(),  # of the seed: the same in every process
+            v0=start,
             tol=tolerance,
             return_eigenvectors=False,
-            rng=np.random.default_rng(0),  # where the iteration must restart, for the same reason
+            rng=np.random.default_rng(0),  # where the iteration must begin anew; the same, too
         )
     except ArpackNoConvergence as error:
         raise RuntimeError(
