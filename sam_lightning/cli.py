@@ -1,4 +1,4 @@
-"""The command line: `sam-lightning fit | validate | test | predict`."""
+"""The command line: `sam-lightning fit | validate | test | predict | sharpness`."""
 
 import logging
 import sys
@@ -18,6 +18,7 @@ from sam_lightning.callbacks import EpochHistory, HyperparameterPage, RandomStat
 from sam_lightning.checkpoint_io import AtomicCheckpointIO
 from sam_lightning.classifier import ImageClassifier  # noqa: F401  # so that --model ImageClassifier is found
 from sam_lightning.data import DataError
+from sam_lightning.measuring import MeasureError, MeasuringTrainer
 from sam_lightning.module import SharpnessAwareModule
 from sam_lightning.run_directory import (
     CHECKPOINTS,
@@ -52,6 +53,11 @@ class CLI(LightningCLI):
     The run directory is `trainer.default_root_dir`, by default `runs/<data>-<optimizer>-seed<seed>`. It
     holds `config.yaml`, the TensorBoard events and `checkpoints/`.
     """
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Lightning's commands, and `sharpness`."""
+        return {**LightningCLI.subcommands(), "sharpness": {"model", "datamodule"}}
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
@@ -206,18 +212,19 @@ def main(args: list[str] | None = None, callbacks: Iterable[Callback] = ()) -> C
         return CLI(
             LightningModule,
             LightningDataModule,
+            trainer_class=MeasuringTrainer,
             subclass_mode_model=True,
             subclass_mode_data=True,
             auto_configure_optimizers=False,
             seed_everything_default=1,
             # Otherwise --trainer.max_epoch is taken for max_epochs, today.
-            parser_kwargs={key: STRICT for key in ("fit", "validate", "test", "predict")} | STRICT,
+            parser_kwargs={key: STRICT for key in CLI.subcommands()} | STRICT,
             save_config_callback=RunConfig,
             save_config_kwargs={"save_to_log_dir": False},
             trainer_defaults={"callbacks": [RandomStates(), EpochHistory(), HyperparameterPage(), *callbacks]},
             args=args,
         )
-    except (CheckpointError, DataError, SettingsError) as error:
+    except (CheckpointError, DataError, MeasureError, SettingsError) as error:
         sys.exit(f"sam-lightning: error: {error}")
     except RuntimeError as error:
         if "Error(s) in loading state_dict" not in str(error):

@@ -22,6 +22,11 @@ def parts_of(batch: Any, m: int) -> list[Any]:
     return [_slice(batch, slice(i, i + m)) for i in range(0, samples_in(batch), m)]
 
 
+def share_of(batch: Any, rank: int, world: int) -> Any:
+    """One process's samples of a batch, of `world` processes; perhaps none."""
+    return _slice(batch, slice(rank, None, world))
+
+
 def moved(batch: Any, like: Tensor) -> Any:
     """The batch on the device of a tensor."""
     return _apply(batch, lambda tensor: tensor.to(like.device, non_blocking=True))
