@@ -13,11 +13,13 @@ from matplotlib.ticker import MaxNLocator, NullLocator
 
 from sam_lightning.files import replacing
 from sam_lightning.studies.results import Results
+from sam_lightning.studies.sharpness import correlations
 from sam_lightning.studies.spec import Cell, Study, short
 
 # M. Okabe, K. Ito. Color Universal Design. 2008; yellow, which print loses, left out.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 _LINES = ("-", "--", "-.", ":")
+_MARKERS = ("o", "s", "^", "D", "v", "P")
 _STYLE: Any = {
     "font.size": 9,
     "axes.grid": True,
@@ -41,6 +43,8 @@ def draw(study: Study, results: Results) -> dict[str, Figure]:
     }
     with rc_context(_STYLE):
         drawn = {name: kinds[kind](study, results) for name, kind in study.figures.items()}
+        if len(results.sharpness):
+            drawn["sharpness"] = sharpness_and_accuracy(study, results)
     return {name: figure for name, figure in drawn.items() if figure is not None}
 
 
@@ -113,6 +117,34 @@ def sweep(study: Study, results: Results) -> Figure | None:
     panel.set_xticks(values, [f"{value:g}" for value in values])
     panel.xaxis.set_minor_locator(NullLocator())
     panel.legend()
+    return figure
+
+
+def sharpness_and_accuracy(study: Study, results: Results) -> Figure:
+    """Test accuracy of the last epoch against each measure of sharpness, a point per run; plain above adaptive."""
+    ranks = correlations(results.sharpness, results.runs)
+    points = results.sharpness.merge(results.runs[["cell", "seed", "last"]], on=["cell", "seed"])
+    measures = list(dict.fromkeys(points.measure))
+    columns = (len(measures) + 1) // 2
+    figure = Figure(figsize=(1.2 + 2.3 * columns, 5.0), layout="constrained")
+    panels = figure.subplots(2, columns, sharey=True, squeeze=False).ravel()
+    for panel, measure in zip(panels, measures, strict=False):
+        of_it = points[points.measure == measure]
+        for i, arm in enumerate(study.arms):
+            here = of_it[of_it.cell.isin(_labels(study, arm))]
+            if len(here):
+                panel.scatter(
+                    here.value, 100 * here["last"], s=16, label=arm, color=_COLOURS[i % 6], marker=_MARKERS[i % 6]
+                )
+        rank = ranks[ranks.measure == measure].iloc[0]
+        title = f"rank correlation {rank.correlation:+.2f}"
+        panel.set_title(f"{title}\n[{rank.low:+.2f}, {rank.high:+.2f}], n = {rank.n}", fontsize=8)
+        panel.set(xlabel=measure.replace("_", " "), xscale="log" if (of_it.value > 0).all() else "linear")
+    for panel in panels[len(measures) :]:
+        panel.set_axis_off()
+    for panel in panels[::columns]:
+        panel.set_ylabel("Test accuracy (%)")
+    panels[0].legend()
     return figure
 
 
