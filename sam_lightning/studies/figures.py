@@ -137,8 +137,9 @@ def sharpness_and_accuracy(study: Study, results: Results) -> Figure:
                     here.value, 100 * here["last"], s=16, label=arm, color=_COLOURS[i % 6], marker=_MARKERS[i % 6]
                 )
         rank = ranks[ranks.measure == measure].iloc[0]
-        title = f"rank correlation {rank.correlation:+.2f}"
-        panel.set_title(f"{title}\n[{rank.low:+.2f}, {rank.high:+.2f}], n = {rank.n}", fontsize=8)
+        interval = "" if np.isnan(rank.low) else f"\n[{rank.low:+.2f}, {rank.high:+.2f}], n = {rank.n}"
+        if not np.isnan(rank.correlation):
+            panel.set_title(f"rank correlation {rank.correlation:+.2f}{interval}", fontsize=8)
         panel.set(xlabel=measure.replace("_", " "), xscale="log" if (of_it.value > 0).all() else "linear")
     for panel in panels[len(measures) :]:
         panel.set_axis_off()

@@ -53,7 +53,6 @@ def collect(study: Study, root: Path) -> Results:
             content = json.loads(path.read_text())
             runs.append({**key, **_run_row(content)})
             epochs += [{**key, **_epoch_row(row)} for row in content["epochs"]]
-            sharpness += [{**key, **row} for row in rows_of(path.parent)]
             if (path.parent / WEIGHTS).is_file():
                 with np.load(path.parent / WEIGHTS, allow_pickle=False) as file:
                     weights |= {(run.cell.label, run.seed, name): file[name].ravel() for name in file.files}
@@ -62,6 +61,7 @@ def collect(study: Study, root: Path) -> Results:
                 f"{path} cannot be read ({type(error).__name__}: {error}). Remove it and run the study again: the "
                 "run goes on from its last checkpoint."
             ) from error
+        sharpness += [{**key, **row} for row in rows_of(path.parent)]
     return Results(pd.DataFrame(runs), pd.DataFrame(epochs), _histograms(weights), pd.DataFrame(sharpness))
 
 

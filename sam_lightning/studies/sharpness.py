@@ -8,25 +8,37 @@ import numpy as np
 import pandas as pd
 from scipy.stats import norm, spearmanr
 
+from sam_lightning.studies.spec import StudyError
+
 SHARPNESS = "sharpness.json"  # what the command `sharpness` leaves in a run
 COVERAGE = 0.95
 
 
 def rows_of(directory: Path) -> list[dict[str, Any]]:
-    """A row per measure of a run: `measure`, `value`, `standard_error`, `samples`; none if it was not measured."""
+    """A row per measure of a run: `measure`, `value`, `standard_error`, `samples`; none if it was not measured.
+
+    Raises:
+        StudyError: If the file is damaged.
+    """
     path = directory / SHARPNESS
     if not path.is_file():
         return []
-    content = json.loads(path.read_text())
-    return [
-        {
-            "measure": name,
-            "value": float(row["value"]),
-            "standard_error": row["standard_error"],
-            "samples": content["samples"],
-        }
-        for name, row in content["measures"].items()
-    ]
+    try:
+        content = json.loads(path.read_text())
+        return [
+            {
+                "measure": name,
+                "value": float(row["value"]),
+                "standard_error": row["standard_error"],
+                "samples": content["samples"],
+            }
+            for name, row in content["measures"].items()
+        ]
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        raise StudyError(
+            f"{path} cannot be read ({type(error).__name__}: {error}). Remove it and measure the run again: "
+            f"sam-lightning sharpness --ckpt_path {directory}."
+        ) from error
 
 
 def correlations(sharpness: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
