@@ -1,4 +1,4 @@
-"""The command line: `sam-lightning fit | validate | test | predict | sharpness`."""
+"""The command line: `sam-lightning fit | validate | test | predict | sharpness | landscape`."""
 
 import logging
 import sys
@@ -56,8 +56,9 @@ class CLI(LightningCLI):
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        """Lightning's commands, and `sharpness`."""
-        return {**LightningCLI.subcommands(), "sharpness": {"model", "datamodule"}}
+        """Lightning's commands, and two of ours."""
+        own = {name: {"model", "datamodule"} for name in ("sharpness", "landscape")}
+        return {**LightningCLI.subcommands(), **own}
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)

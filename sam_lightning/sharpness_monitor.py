@@ -2,6 +2,8 @@
 
 import math
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -158,13 +160,20 @@ class SharpnessMonitor(Callback):
         pl_module.log_dict({f"sharpness/{name}": value for name, value in values.items()})
 
 
-def measure_module(module: SharpnessAwareModule, batches: list[Any], settings: Settings) -> Sharpness:
-    """Measures `module.loss`, which logs nothing meanwhile, as in the second pass of a training step."""
+@contextmanager
+def measuring(module: SharpnessAwareModule) -> Iterator[None]:
+    """`module.loss` logs nothing inside, as in the second pass of a training step."""
     is_second_pass, module.is_second_pass = module.is_second_pass, True
     try:
-        return measure(module, module.loss, batches, settings)
+        yield
     finally:
         module.is_second_pass = is_second_pass
+
+
+def measure_module(module: SharpnessAwareModule, batches: list[Any], settings: Settings) -> Sharpness:
+    """Measures `module.loss`."""
+    with measuring(module):
+        return measure(module, module.loss, batches, settings)
 
 
 def _data(trainer: Trainer) -> Any:

@@ -15,7 +15,8 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # Lowest first: a file imports from its own layer's package and from lower ones.
 LAYERS = [
     {"optim", "batch_norm", "networks", "micro_batches", "lr_schedules", "files"},
-    {"sharpness"},
+    {"sharpness", "figure_files"},
+    {"landscape", "landscape_figures"},
     {"run_directory", "checkpoint_io"},
     {"manual", "data", "callbacks"},
     {"module"},
@@ -25,7 +26,7 @@ LAYERS = [
     {"studies"},
     {"__main__"},
 ]
-TORCH_ONLY = {"__init__", "optim", "batch_norm", "networks", "sharpness"}
+TORCH_ONLY = {"__init__", "optim", "batch_norm", "networks", "sharpness", "landscape"}
 
 
 def part(path: Path) -> str:

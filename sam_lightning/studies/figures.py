@@ -1,7 +1,6 @@
 """Figures of a study, for screen and print: colours that the colour-blind tell apart, and line styles besides."""
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullLocator
 
-from sam_lightning.files import replacing
+from sam_lightning.figure_files import STYLE
 from sam_lightning.studies.results import Results
 from sam_lightning.studies.sharpness import correlations
 from sam_lightning.studies.spec import Cell, Study, short
@@ -20,17 +19,6 @@ from sam_lightning.studies.spec import Cell, Study, short
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 _LINES = ("-", "--", "-.", ":")
 _MARKERS = ("o", "s", "^", "D", "v", "P")
-_STYLE: Any = {
-    "font.size": 9,
-    "axes.grid": True,
-    "grid.alpha": 0.3,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "legend.frameon": False,
-    "pdf.fonttype": 42,  # text stays text
-    "savefig.dpi": 200,
-    "figure.dpi": 100,
-}
 
 
 def draw(study: Study, results: Results) -> dict[str, Figure]:
@@ -41,18 +29,11 @@ def draw(study: Study, results: Results) -> dict[str, Figure]:
         "weights": weights,
         "sweep": sweep,
     }
-    with rc_context(_STYLE):
+    with rc_context(STYLE):
         drawn = {name: kinds[kind](study, results) for name, kind in study.figures.items()}
         if len(results.sharpness):
             drawn["sharpness"] = sharpness_and_accuracy(study, results)
     return {name: figure for name, figure in drawn.items() if figure is not None}
-
-
-def save(figure: Figure, path: Path) -> None:
-    """Writes `path` with the endings png and pdf; equal figures make equal files."""
-    for kind in ("png", "pdf"):
-        with rc_context(_STYLE), replacing(path.with_name(f"{path.name}.{kind}")) as draft:
-            figure.savefig(draft, format=kind, metadata={"CreationDate": None} if kind == "pdf" else None)
 
 
 def accuracy(study: Study, results: Results) -> Figure:

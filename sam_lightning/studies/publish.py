@@ -6,9 +6,10 @@ import pandas as pd
 from matplotlib.figure import Figure
 from torch.utils.tensorboard import SummaryWriter
 
+from sam_lightning.figure_files import save
 from sam_lightning.files import replacing
 from sam_lightning.studies import results as stored
-from sam_lightning.studies.figures import draw, save
+from sam_lightning.studies.figures import draw
 from sam_lightning.studies.report import missing, tables
 from sam_lightning.studies.results import Results
 from sam_lightning.studies.runs import directory_of
