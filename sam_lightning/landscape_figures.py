@@ -14,7 +14,7 @@ from sam_lightning.figure_files import STYLE
 def line(axis: Sequence[float], losses: np.ndarray, name: str, caption: str, ends: Sequence[str] = ()) -> Figure:
     """The loss along a direction; `ends` name the solutions at 0 and 1."""
     with rc_context(STYLE):
-        figure, panel = _figure()
+        figure, panel = _figure(4.6)
         panel.plot(axis, losses, color="#0072B2", marker=".", ms=4)
         for at, end in enumerate(ends):
             panel.axvline(at, color="0.4", lw=0.8, ls="--")
@@ -30,7 +30,7 @@ def contour(axes: Sequence[Sequence[float]], losses: np.ndarray, caption: str) -
     low, high = float(shown.min()), float(shown.max())
     levels = np.geomspace(low, max(high, low * 1.01), 16)
     with rc_context(STYLE):
-        figure, panel = _figure()
+        figure, panel = _figure(5.4)
         filled = panel.contourf(*axes, shown.T, levels=levels, norm=LogNorm(low, levels[-1]), cmap="viridis")
         panel.contour(*axes, shown.T, levels=levels, colors="white", linewidths=0.4)
         panel.plot(0, 0, marker="+", color="white", ms=9)
@@ -43,6 +43,6 @@ def contour(axes: Sequence[Sequence[float]], losses: np.ndarray, caption: str) -
     return figure
 
 
-def _figure() -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(4.6, 3.6), layout="constrained")
+def _figure(width: float) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(width, 3.6), layout="constrained")
     return figure, figure.subplots()

@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from sam_lightning.studies.command import main
 from sam_lightning.studies.figures import draw
 from sam_lightning.studies.report import tables
 from sam_lightning.studies.results import collect, read, write
@@ -70,7 +71,7 @@ def test_arms_have_means_and_deviations(results):
 
 def test_tables_and_figure(study, results):
     made = tables(study, results)
-    caption, _, text = made["sharpness"]
+    caption, _, text = made["sharpness-by-arm"]
     assert "100 training samples" in caption
     assert text.to_dict("records")[0] == {"measure": "trace", "SGD (n = 2)": "35 ± 7.1", "SAM (n = 2)": "15 ± 7.1"}
     _, _, ranks = made["sharpness-accuracy"]
@@ -88,6 +89,15 @@ def test_tables_and_figure(study, results):
     assert (trace.get_xlabel(), trace.get_xscale(), one_step.get_xscale()) == ("trace", "log", "linear")
     assert "rank correlation -0.80" in trace.get_title()
     assert "nan" not in one_step.get_title()
+
+
+def test_a_report_can_be_made_again_from_its_files(study, results, tmp_path, capsys):
+    for words in (["--root", str(tmp_path)], ["--results", str(tmp_path / "one")]):
+        output = tmp_path / ("one" if "--root" in words else "two")
+        assert main(["report", str(study.path), *words, "--output", str(output)]) == 0
+    for name in ("sharpness.csv", "sharpness-by-arm.csv", "sharpness-accuracy.csv", "sharpness.png", "report.md"):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes(), name
+    pd.testing.assert_frame_equal(read(tmp_path / "one").sharpness, results.sharpness, check_exact=True)
 
 
 def test_only_measured_runs_have_rows_and_they_survive_their_files(study, results, tmp_path):

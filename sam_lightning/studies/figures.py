@@ -8,7 +8,7 @@ import pandas as pd
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, NullLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, NullLocator
 
 from sam_lightning.figure_files import STYLE
 from sam_lightning.studies.results import Results
@@ -121,12 +121,17 @@ def sharpness_and_accuracy(study: Study, results: Results) -> Figure:
         interval = "" if np.isnan(rank.low) else f"\n[{rank.low:+.2f}, {rank.high:+.2f}], n = {rank.n}"
         if not np.isnan(rank.correlation):
             panel.set_title(f"rank correlation {rank.correlation:+.2f}{interval}", fontsize=8)
-        panel.set(xlabel=measure.replace("_", " "), xscale="log" if (of_it.value > 0).all() else "linear")
+        panel.set_xlabel(measure.replace("_", " "))
+        if (of_it.value > 0).all():
+            panel.set_xscale("log")
+            panel.xaxis.set_major_locator(LogLocator(subs=(1, 3), numticks=6))
+            panel.xaxis.set_major_formatter("{x:g}")
+            panel.xaxis.set_minor_formatter(NullFormatter())
     for panel in panels[len(measures) :]:
         panel.set_axis_off()
     for panel in panels[::columns]:
         panel.set_ylabel("Test accuracy (%)")
-    panels[0].legend()
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=len(study.arms))
     return figure
 
 

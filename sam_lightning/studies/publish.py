@@ -77,7 +77,7 @@ def _status(results: Results, absent: list[str]) -> str:
     if absent:
         lines.append(f"Missing: {'; '.join(absent)}.")
     columns = ["device", "threads", "precision", "torch", "lightning", "sam_lightning", "commit"]
-    for values, group in runs.fillna({"commit": "unknown"}).groupby(columns, sort=False):
+    for values, group in runs.assign(commit=runs.commit.astype(object).fillna("unknown")).groupby(columns, sort=False):
         named = dict(zip(columns, values, strict=True))
         lines.append(
             f"{len(group)} runs on {named['device']} ({named['threads']} threads each), {named['precision']}, "

@@ -137,7 +137,7 @@ def _sharpness_tables(study: Study, results: Results) -> dict[str, tuple[str, pd
     numbers = sharpness.summary(results.sharpness, [cell.label for cell in study.cells()])
     ranks = sharpness.correlations(results.sharpness, results.runs)
     return {
-        "sharpness": (
+        "sharpness-by-arm": (
             "Sharpness of the training loss at the end of training, on "
             f"{' or '.join(map(str, sorted(set(results.sharpness.samples))))} training samples.",
             numbers,
