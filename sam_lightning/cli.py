@@ -1,4 +1,4 @@
-"""The command line: `sam-lightning fit | validate | test | predict`."""
+"""The command line: `sam-lightning fit | validate | test | predict | sharpness | landscape`."""
 
 import logging
 import sys
@@ -17,6 +17,7 @@ from lightning_utilities.core.rank_zero import rank_zero_only
 from sam_lightning.callbacks import EpochHistory, HyperparameterPage, LastCheckpoint, RandomStates
 from sam_lightning.checkpoint_io import AtomicCheckpointIO
 from sam_lightning.classifier import ImageClassifier  # noqa: F401  # so that --model ImageClassifier is found
+from sam_lightning.measuring import MeasuringTrainer
 from sam_lightning.messages import SettingsError, explain
 from sam_lightning.module import SharpnessAwareModule
 from sam_lightning.run_directory import (
@@ -52,6 +53,12 @@ class CLI(LightningCLI):
     The run directory is `trainer.default_root_dir`, by default `runs/<data>-<optimizer>-seed<seed>`. It
     holds `config.yaml`, the TensorBoard events and `checkpoints/`.
     """
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Lightning's commands, and two of ours."""
+        own = {name: {"model", "datamodule"} for name in ("sharpness", "landscape")}
+        return {**LightningCLI.subcommands(), **own}
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
@@ -205,12 +212,13 @@ def main(args: list[str] | None = None, callbacks: Iterable[Callback] = ()) -> C
         return CLI(
             LightningModule,
             LightningDataModule,
+            trainer_class=MeasuringTrainer,
             subclass_mode_model=True,
             subclass_mode_data=True,
             auto_configure_optimizers=False,
             seed_everything_default=1,
             # Otherwise --trainer.max_epoch is taken for max_epochs, today.
-            parser_kwargs={key: STRICT for key in ("fit", "validate", "test", "predict")} | STRICT,
+            parser_kwargs={key: STRICT for key in CLI.subcommands()} | STRICT,
             save_config_callback=RunConfig,
             save_config_kwargs={"save_to_log_dir": False},
             trainer_defaults={"callbacks": [RandomStates(), EpochHistory(), HyperparameterPage(), *callbacks]},

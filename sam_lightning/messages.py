@@ -6,6 +6,7 @@ import torch
 
 from sam_lightning.data import DataError
 from sam_lightning.manual import DivergedError
+from sam_lightning.measuring import MeasureError
 from sam_lightning.run_directory import CheckpointError
 from sam_lightning.strategies import StrategyError
 
@@ -24,7 +25,7 @@ def explain(error: Exception) -> str | None:
         error: What ended the command.
     """
     text = str(error)
-    if isinstance(error, CheckpointError | DataError | DivergedError | SettingsError | StrategyError):
+    if isinstance(error, CheckpointError | DataError | DivergedError | MeasureError | SettingsError | StrategyError):
         return text
     if isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in text:
         return (

@@ -98,3 +98,45 @@ def gradients(parameters, loss) -> list[Tensor | None]:
     trained = [p for p in parameters if p.requires_grad]
     found = dict(zip(map(id, trained), torch.autograd.grad(loss(), trained, allow_unused=True), strict=True))
     return [found.get(id(p)) for p in parameters]
+
+
+def curvature(function, weights: list[Tensor], scales: list[Tensor] | None = None) -> tuple[Tensor, Tensor]:
+    """Gradient (P,) and full Hessian (P, P) of `function(weights)` in u = e / T, by torch.func.
+
+    `scales` are T; without them T = 1. Backwards twice: forwards, torch is wrong through batch statistics.
+    """
+    sizes = [w.numel() for w in weights]
+    flat = torch.cat([w.detach().flatten() for w in weights])
+    T = torch.ones_like(flat) if scales is None else torch.cat([t.flatten() for t in scales])
+
+    def of_vector(u: Tensor) -> Tensor:
+        moved = (flat + T * u).split(sizes)
+        return function([part.view_as(w) for part, w in zip(moved, weights, strict=True)])
+
+    origin = torch.zeros_like(flat)
+    return torch.func.grad(of_vector)(origin), torch.func.jacrev(torch.func.grad(of_vector))(origin)
+
+
+def highest_in_ball(gradient: Tensor, hessian: Tensor, rho: float) -> float:
+    """max g u + u H u / 2 over ||u|| <= rho, for H with a positive eigenvalue: the maximum is on the sphere.
+
+    There (mu - H) u = g with mu at least the largest eigenvalue, and mu is found by bisection of ||u|| = rho. Where g
+    has no part along the largest eigenvector, u may have one besides.
+    """
+    values, vectors = torch.linalg.eigh(hessian)
+    g = (vectors.T @ gradient).tolist()
+    values = values.tolist()
+    top = values[-1]
+
+    def u(mu: float) -> list[float]:
+        return [c / (mu - v) if c else 0.0 for c, v in zip(g, values, strict=True)]
+
+    if max(abs(c) for c in g) == 0:
+        return rho**2 * top / 2
+    low, high = top, top + math.sqrt(sum(c * c for c in g)) / rho + 1.0
+    for _ in range(200):
+        mu = (low + high) / 2
+        too_long = mu <= top or sum(c * c for c in u(mu)) > rho**2
+        low, high = (mu, high) if too_long else (low, mu)
+    at = u(high)
+    return sum(c * a + v * a * a / 2 for c, v, a in zip(g, values, at, strict=True))

@@ -15,17 +15,20 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # Lowest first: a file imports from its own layer's package and from lower ones.
 LAYERS = [
     {"optim", "batch_norm", "networks", "micro_batches", "lr_schedules", "files", "sharding"},
+    {"sharpness", "figure_files"},
+    {"landscape", "landscape_figures"},
     {"run_directory", "strategies"},
     {"loops", "checkpoint_io"},
     {"manual", "data", "callbacks"},
     {"module"},
-    {"classifier"},
+    {"classifier", "sharpness_monitor"},
+    {"measuring"},
     {"messages"},
     {"cli"},
     {"studies"},
     {"__main__"},
 ]
-TORCH_ONLY = {"__init__", "optim", "batch_norm", "networks", "sharding"}
+TORCH_ONLY = {"__init__", "optim", "batch_norm", "networks", "sharding", "sharpness", "landscape"}
 
 
 def part(path: Path) -> str:

@@ -1,7 +1,10 @@
 """The command line as its user meets it: commands in, files and messages out."""
 
+import json
+import re
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -13,6 +16,7 @@ from regression import Regression, assert_same, loader, state_of
 from sam_lightning.checkpoint_io import AtomicCheckpointIO
 from sam_lightning.cli import main
 from sam_lightning.run_directory import read_checkpoint
+from sam_lightning.sharpness import Settings, measure
 
 ROOT = Path(__file__).parents[1]
 BASE = ["-c", f"{ROOT}/configs/base.yaml", "-c", f"{ROOT}/configs/data/digits.yaml"]
@@ -287,3 +291,35 @@ def test_a_fresh_process_exits_with_a_code():
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].startswith("sam-lightning: error: --ckpt_path last: no checkpoint in")
     assert "Traceback" not in done.stderr
+
+
+def test_sharpness_of_a_finished_run(capsys):
+    trained = fit("--trainer.default_root_dir", "elsewhere")
+    before = state_of(trained.model)
+    words = ["--samples", "100", "--settings.draws", "2", "--settings.steps", "2", "--settings.rho", "0.1"]
+    main(["sharpness", "--ckpt_path", "elsewhere", *words])
+    out = capsys.readouterr().out
+    found = json.loads(Path("elsewhere/sharpness.json").read_text())
+    settings = Settings(draws=2, steps=2, rho=0.1)
+    assert found["settings"] == asdict(settings)
+    assert found["samples"] == 100
+    batches = trained.datamodule.training_sample(100, seed=0)
+    expected = measure(trained.model, trained.model.loss, batches, settings).rows()
+    assert set(found["measures"]) == set(expected)
+    for name, (value, error) in expected.items():
+        row = found["measures"][name]
+        assert row["value"] == pytest.approx(value, rel=1e-6), name
+        assert row["standard_error"] == (None if error is None else pytest.approx(error, rel=1e-6)), name
+        assert re.search(rf"^{name.replace('_', ' ')} +{row['value']:.4g}", out, re.MULTILINE), name
+    assert "elsewhere/checkpoints/last.ckpt" in out
+    assert out.endswith("elsewhere/sharpness.json\n")
+    assert_same(state_of(trained.model), before)
+
+
+def test_what_cannot_be_measured_is_told(capsys):
+    assert "--samples must be an integer >= 1, got 0" in (
+        fit() and fails(capsys, "sharpness", "--ckpt_path", "runs/digits-sam-seed1", "--samples", "0")
+    )
+    said = fails(capsys, "sharpness", "--ckpt_path", "runs/digits-sam-seed1", "--settings.batch_norm", "eval")
+    assert "batch_norm" in said
+    assert not Path("runs/digits-sam-seed1/sharpness.json").exists()

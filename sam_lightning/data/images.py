@@ -173,6 +173,20 @@ class ImageData(LightningDataModule, ABC):
         """The test images, in their order."""
         return self._plain_loader(self._test, self.eval_batch_size)  # Lightning has its own sampler for predictions
 
+    def training_sample(self, samples: int, seed: int) -> list[tuple[Tensor, Tensor]]:
+        """Batches of (images, labels) from the training set, normalised and never augmented, to measure on.
+
+        Args:
+            samples: How many; all if there are fewer.
+            seed: What chooses them.
+        """
+        if self._train is None:
+            raise RuntimeError("no data: call setup() before training_sample().")
+        chosen = torch.randperm(len(self._train), generator=torch.Generator().manual_seed(seed))[:samples]
+        part = self._train.subset(chosen.sort().values)
+        size = self.eval_batch_size
+        return list(zip(torch.split(self.normalise(part.images), size), torch.split(part.labels, size), strict=True))
+
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> tuple[Tensor, Tensor]:
         """Augments (in training only), normalises, and gives (images, labels)."""
         images, labels, samples = batch

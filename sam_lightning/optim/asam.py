@@ -65,16 +65,21 @@ class ASAM(SharpnessAware):
 
     def displacement(self, weights: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
         """T^2 g / ||T g||."""
-        T = torch._foreach_abs(weights)
+        T = self.units(weights)
+        Tg = torch._foreach_mul(T, grads)
+        unit = divide_by_norm(list(Tg), global_norm(list(Tg)))
+        return list(torch._foreach_mul(T, unit))  # last: T^2 g may be beyond half precision
+
+    def units(self, weights: list[Tensor]) -> list[Tensor]:
+        """T of each of the weights, which are parameters of this optimizer."""
+        T = list(torch._foreach_abs(weights))
         torch._foreach_add_(T, self.eta)
         if not self.normalize_bias:
             biases = self._biases()
             for weight, t in zip(weights, T, strict=True):
                 if weight in biases:
                     t.fill_(1.0)
-        Tg = torch._foreach_mul(T, grads)
-        unit = divide_by_norm(list(Tg), global_norm(list(Tg)))
-        return list(torch._foreach_mul(T, unit))  # last: T^2 g may be beyond half precision
+        return T
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "eta": self.eta, "normalize_bias": self.normalize_bias}

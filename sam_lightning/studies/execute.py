@@ -24,6 +24,7 @@ from sam_lightning.cli import CLI, main
 from sam_lightning.files import replacing
 from sam_lightning.optim import SharpnessAware
 from sam_lightning.run_directory import CHECKPOINTS, read_checkpoint
+from sam_lightning.sharpness_monitor import SharpnessMonitor
 from sam_lightning.studies.runs import RESULT, WEIGHTS
 
 C = TypeVar("C", bound=Callback)
@@ -82,9 +83,10 @@ def _alone_in(directory: Path) -> Iterator[None]:
 
 
 def _outcome(cli: CLI) -> dict[str, Any]:
-    """Every epoch's metrics, and the test metrics of the last epoch and of the best one."""
+    """Every epoch's metrics, the test metrics of the last epoch and of the best one, and what was measured."""
     trainer = cli.trainer
     epochs = list(next(_callbacks(trainer, EpochHistory)).epochs)  # testing a checkpoint loads its history, too
+    sharpness = [row for callback in _callbacks(trainer, SharpnessMonitor) for row in callback.history]  # likewise
     tests_in_validation = getattr(cli.datamodule, "validation", None) == "test"
 
     def test(checkpoint: str | None) -> dict[str, float]:
@@ -102,6 +104,7 @@ def _outcome(cli: CLI) -> dict[str, Any]:
         "last": last,
         "best": best,
         "selected_on": "test" if tests_in_validation else "validation",
+        "sharpness": sharpness,
         "gradients_per_step": 2 if isinstance(trainer.optimizers[0], SharpnessAware) else 1,
     }
 

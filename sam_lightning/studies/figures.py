@@ -1,7 +1,6 @@
 """Figures of a study, for screen and print: colours that the colour-blind tell apart, and line styles besides."""
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,26 +8,17 @@ import pandas as pd
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, NullLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, NullLocator
 
-from sam_lightning.files import replacing
+from sam_lightning.figure_files import STYLE
 from sam_lightning.studies.results import Results
+from sam_lightning.studies.sharpness import correlations
 from sam_lightning.studies.spec import Cell, Study, short
 
 # M. Okabe, K. Ito. Color Universal Design. 2008; yellow, which print loses, left out.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 _LINES = ("-", "--", "-.", ":")
-_STYLE: Any = {
-    "font.size": 9,
-    "axes.grid": True,
-    "grid.alpha": 0.3,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "legend.frameon": False,
-    "pdf.fonttype": 42,  # text stays text
-    "savefig.dpi": 200,
-    "figure.dpi": 100,
-}
+_MARKERS = ("o", "s", "^", "D", "v", "P")
 
 
 def draw(study: Study, results: Results) -> dict[str, Figure]:
@@ -39,16 +29,11 @@ def draw(study: Study, results: Results) -> dict[str, Figure]:
         "weights": weights,
         "sweep": sweep,
     }
-    with rc_context(_STYLE):
+    with rc_context(STYLE):
         drawn = {name: kinds[kind](study, results) for name, kind in study.figures.items()}
+        if len(results.sharpness):
+            drawn["sharpness"] = sharpness_and_accuracy(study, results)
     return {name: figure for name, figure in drawn.items() if figure is not None}
-
-
-def save(figure: Figure, path: Path) -> None:
-    """Writes `path` with the endings png and pdf; equal figures make equal files."""
-    for kind in ("png", "pdf"):
-        with rc_context(_STYLE), replacing(path.with_name(f"{path.name}.{kind}")) as draft:
-            figure.savefig(draft, format=kind, metadata={"CreationDate": None} if kind == "pdf" else None)
 
 
 def accuracy(study: Study, results: Results) -> Figure:
@@ -113,6 +98,40 @@ def sweep(study: Study, results: Results) -> Figure | None:
     panel.set_xticks(values, [f"{value:g}" for value in values])
     panel.xaxis.set_minor_locator(NullLocator())
     panel.legend()
+    return figure
+
+
+def sharpness_and_accuracy(study: Study, results: Results) -> Figure:
+    """Test accuracy of the last epoch against each measure of sharpness, a point per run; plain above adaptive."""
+    ranks = correlations(results.sharpness, results.runs)
+    points = results.sharpness.merge(results.runs[["cell", "seed", "last"]], on=["cell", "seed"])
+    measures = list(dict.fromkeys(points.measure))
+    columns = (len(measures) + 1) // 2
+    figure = Figure(figsize=(1.2 + 2.3 * columns, 5.0), layout="constrained")
+    panels = figure.subplots(2, columns, sharey=True, squeeze=False).ravel()
+    for panel, measure in zip(panels, measures, strict=False):
+        of_it = points[points.measure == measure]
+        for i, arm in enumerate(study.arms):
+            here = of_it[of_it.cell.isin(_labels(study, arm))]
+            if len(here):
+                panel.scatter(
+                    here.value, 100 * here["last"], s=16, label=arm, color=_COLOURS[i % 6], marker=_MARKERS[i % 6]
+                )
+        rank = ranks[ranks.measure == measure].iloc[0]
+        interval = "" if np.isnan(rank.low) else f"\n[{rank.low:+.2f}, {rank.high:+.2f}], n = {rank.n}"
+        if not np.isnan(rank.correlation):
+            panel.set_title(f"rank correlation {rank.correlation:+.2f}{interval}", fontsize=8)
+        panel.set_xlabel(measure.replace("_", " "))
+        if (of_it.value > 0).all():
+            panel.set_xscale("log")
+            panel.xaxis.set_major_locator(LogLocator(subs=(1, 3), numticks=6))
+            panel.xaxis.set_major_formatter("{x:g}")
+            panel.xaxis.set_minor_formatter(NullFormatter())
+    for panel in panels[len(measures) :]:
+        panel.set_axis_off()
+    for panel in panels[::columns]:
+        panel.set_ylabel("Test accuracy (%)")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=len(study.arms))
     return figure
 
 

@@ -6,9 +6,10 @@ import pandas as pd
 from matplotlib.figure import Figure
 from torch.utils.tensorboard import SummaryWriter
 
+from sam_lightning.figure_files import save
 from sam_lightning.files import replacing
 from sam_lightning.studies import results as stored
-from sam_lightning.studies.figures import draw, save
+from sam_lightning.studies.figures import draw
 from sam_lightning.studies.report import missing, tables
 from sam_lightning.studies.results import Results
 from sam_lightning.studies.runs import directory_of
@@ -76,7 +77,7 @@ def _status(results: Results, absent: list[str]) -> str:
     if absent:
         lines.append(f"Missing: {'; '.join(absent)}.")
     columns = ["device", "threads", "precision", "torch", "lightning", "sam_lightning", "commit"]
-    for values, group in runs.fillna({"commit": "unknown"}).groupby(columns, sort=False):
+    for values, group in runs.assign(commit=runs.commit.astype(object).fillna("unknown")).groupby(columns, sort=False):
         named = dict(zip(columns, values, strict=True))
         lines.append(
             f"{len(group)} runs on {named['device']} ({named['threads']} threads each), {named['precision']}, "

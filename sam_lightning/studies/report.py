@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 from scipy.stats import t as student
 
+from sam_lightning.studies import sharpness
 from sam_lightning.studies.results import Results
 from sam_lightning.studies.runs import runs_of
 from sam_lightning.studies.spec import Cell, Study
@@ -127,7 +128,28 @@ def tables(study: Study, results: Results) -> dict[str, tuple[str, pd.DataFrame,
         numbers, text = form(study, outcome)
         if len(numbers):
             made[name] = (caption, numbers, text)
-    return made
+    return made | _sharpness_tables(study, results)
+
+
+def _sharpness_tables(study: Study, results: Results) -> dict[str, tuple[str, pd.DataFrame, pd.DataFrame]]:
+    if results.sharpness.empty:
+        return {}
+    numbers = sharpness.summary(results.sharpness, [cell.label for cell in study.cells()])
+    ranks = sharpness.correlations(results.sharpness, results.runs)
+    return {
+        "sharpness-by-arm": (
+            "Sharpness of the training loss at the end of training, on "
+            f"{' or '.join(map(str, sorted(set(results.sharpness.samples))))} training samples.",
+            numbers,
+            sharpness.as_text(numbers),
+        ),
+        "sharpness-accuracy": (
+            "Rank correlation (Spearman) of sharpness with the test accuracy of the last epoch over all measured runs. "
+            "The interval takes runs for independent, which those of one arm are not.",
+            ranks,
+            sharpness.correlations_as_text(ranks),
+        ),
+    }
 
 
 def missing(study: Study, results: Results) -> list[str]:

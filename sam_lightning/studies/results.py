@@ -1,7 +1,7 @@
 """What a study's runs came to, as tables of numbers: read from the runs, or from the CSV files of a report."""
 
 import json
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import pandas as pd
 
 from sam_lightning.files import replacing
 from sam_lightning.studies.runs import RESULT, WEIGHTS, runs_of
+from sam_lightning.studies.sharpness import rows_of
 from sam_lightning.studies.spec import Study, StudyError
 
 _BINS = 100
@@ -24,11 +25,13 @@ class Results:
             and at the last epoch), `best_epoch`, `train_loss` (of the last epoch), `seconds`.
         epochs: A row per run and epoch: `train_loss`, and `accuracy` and `loss` on the set that was evaluated.
         weights: Histograms of the final weights: a row per run, parameter and bin, with bins shared by all runs.
+        sharpness: A row per measured run and measure: `value`, `standard_error`, `samples`.
     """
 
     runs: pd.DataFrame
     epochs: pd.DataFrame
     weights: pd.DataFrame
+    sharpness: pd.DataFrame = field(default_factory=pd.DataFrame)
 
 
 def collect(study: Study, root: Path) -> Results:
@@ -39,6 +42,7 @@ def collect(study: Study, root: Path) -> Results:
     """
     runs: list[dict[str, Any]] = []
     epochs: list[dict[str, Any]] = []
+    sharpness: list[dict[str, Any]] = []
     weights: dict[tuple[str, int, str], np.ndarray] = {}
     for run in runs_of(study):
         path = root / run.name / RESULT
@@ -57,7 +61,8 @@ def collect(study: Study, root: Path) -> Results:
                 f"{path} cannot be read ({type(error).__name__}: {error}). Remove it and run the study again: the "
                 "run goes on from its last checkpoint."
             ) from error
-    return Results(pd.DataFrame(runs), pd.DataFrame(epochs), _histograms(weights))
+        sharpness += [{**key, **row} for row in rows_of(path.parent)]
+    return Results(pd.DataFrame(runs), pd.DataFrame(epochs), _histograms(weights), pd.DataFrame(sharpness))
 
 
 def write(results: Results, folder: Path) -> None:

@@ -1,0 +1,155 @@
+"""The loss that is measured: its value and its gradient over all data, in the scale's coordinates."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import sqrt
+from statistics import fmean, stdev
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, distributed, nn
+
+from sam_lightning.sharpness.batches import moved, parts_of, samples_in
+from sam_lightning.sharpness.scale import Adaptive, units
+from sam_lightning.sharpness.undisturbed import BatchNorm, undisturbed
+
+Loss: TypeAlias = Callable[[Any], Tensor]  # the mean loss of a batch, 0-dimensional
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over random draws.
+
+    Args:
+        mean: The estimate.
+        standard_error: Sample standard deviation over the square root of the number of draws.
+    """
+
+    mean: float
+    standard_error: float
+
+    @classmethod
+    def of(cls, draws: Sequence[float]) -> "Estimate":
+        """The estimate from independent draws, at least two."""
+        return cls(fmean(draws), stdev(draws) / sqrt(len(draws)))
+
+
+class Objective:
+    r"""$L(w + T u) = \frac{1}{N} \sum_i \ell_i(w + T u)$ as a function of u, around the present weights w.
+
+    It moves the network's weights, so it lives inside `undisturbed`.
+
+    Args:
+        network: The network; its weights are its parameters with `requires_grad`.
+        loss: The mean loss of a batch.
+        batches: The data of this process.
+        T: The unit of every weight.
+        joint: Whether the data of all processes are meant, or only these.
+
+    Raises:
+        ValueError: If there is no sample.
+    """
+
+    def __init__(self, network: nn.Module, loss: Loss, batches: Sequence[Any], T: list[Tensor], joint: bool) -> None:
+        self.network = network
+        self.T = T
+        self.weights: list[Tensor] = [parameter for parameter in network.parameters() if parameter.requires_grad]
+        self.batches = batches
+        self.joint = joint
+        self._loss = loss
+        self._origin = [weight.detach().clone() for weight in self.weights]
+        count = torch.tensor(sum(map(samples_in, batches)), device=self.weights[0].device)
+        self.samples = int(self.over_processes([count])[0])
+        if not self.samples:
+            raise ValueError("batches must hold at least one sample, got none: a loader that is used up, perhaps.")
+
+    def restricted_to(self, batch: Any) -> "Objective":
+        """The loss of one batch alone, around the same weights."""
+        self.move(None)
+        return Objective(self.network, self._loss, [batch], self.T, joint=False)
+
+    def batch_loss(self, batch: Any) -> Tensor:
+        """The mean loss of a batch.
+
+        Raises:
+            TypeError: If it is not a 0-dimensional tensor.
+        """
+        loss = self._loss(batch)
+        if not isinstance(loss, Tensor) or loss.ndim:
+            came = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+            raise TypeError(f"loss(batch) must return the batch's mean loss, a 0-dimensional tensor, got {came}.")
+        return loss
+
+    def value(self, u: list[Tensor] | None = None) -> float:
+        """L(w + T u); L(w) without u."""
+        self.move(u)
+        with torch.no_grad():
+            total = sum(self.batch_loss(batch).double() * samples_in(batch) for batch in self.batches)
+        return float(self.mean(total))
+
+    def value_and_gradient(self, u: list[Tensor] | None = None) -> tuple[float, list[Tensor]]:
+        """L(w + T u), and its gradient by u, which is T times the gradient by the weights."""
+        self.move(u)
+        total: Any = 0.0
+        gradient = [torch.zeros_like(weight) for weight in self.weights]
+        for batch in self.batches:
+            loss = self.batch_loss(batch)
+            parts = torch.autograd.grad(loss, self.weights, allow_unused=True)
+            used = [(sum_, part) for sum_, part in zip(gradient, parts, strict=True) if part is not None]
+            if used:
+                sums, found = (list(tensors) for tensors in zip(*used, strict=True))
+                torch._foreach_add_(sums, found, alpha=samples_in(batch) / self.samples)
+            total += loss.detach().double() * samples_in(batch)
+        torch._foreach_mul_(self.over_processes(gradient), self.T)
+        return float(self.mean(total)), gradient
+
+    def over_processes(self, tensors: list[Tensor]) -> list[Tensor]:
+        """Each tensor, summed over processes in place if the objective is joint."""
+        if self.joint and distributed.is_available() and distributed.is_initialized():
+            for tensor in tensors:
+                distributed.all_reduce(tensor)
+        return tensors
+
+    def mean(self, total: Any) -> Tensor:
+        """A sum over this process's samples, as the mean over all."""
+        sum_ = torch.as_tensor(total, dtype=torch.float64, device=self.weights[0].device)
+        return self.over_processes([sum_])[0] / self.samples
+
+    @torch.no_grad()
+    def move(self, u: list[Tensor] | None) -> None:
+        """Moves the weights to w + T u; to w without u."""
+        torch._foreach_copy_(self.weights, self._origin)  # from w each time: steps would add up rounding
+        if u is not None:
+            torch._foreach_addcmul_(self.weights, self.T, u)
+
+
+@contextmanager
+def objective_of(
+    network: nn.Module, loss: Loss, batches: Iterable[Any], scale: Adaptive | None, batch_norm: BatchNorm, seed: int
+) -> Iterator[Objective]:
+    """The joint objective; the network is undisturbed by what happens inside."""
+    with undisturbed(network, batch_norm, seed):
+        T = units(network, scale)
+        # Kept, so that every pass sees the same samples, whatever a loader shuffles or augments.
+        kept = [moved(batch, like=T[0]) for batch in batches]
+        yield Objective(network, loss, kept, T, joint=True)
+
+
+def mean_over_parts(measure: Callable[[Objective], list[float]], objective: Objective, m: int | None) -> list[float]:
+    """The measures of the whole data, or with `m` their mean over parts of m samples, each weighted by its samples.
+
+    Raises:
+        ValueError: If `m` is neither None nor an integer of at least 1.
+    """
+    if m is None:
+        return measure(objective)
+    if isinstance(m, bool) or not isinstance(m, int) or m < 1:
+        raise ValueError(f"m must be an integer >= 1, or None for the whole data, got {m!r}.")
+    total: Any = 0.0
+    for batch in objective.batches:
+        for part in parts_of(batch, m):
+            values = measure(objective.restricted_to(part))
+            total += samples_in(part) * torch.tensor(values, dtype=torch.float64)
+    means: list[float] = objective.mean(total).tolist()
+    return means
