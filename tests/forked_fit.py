@@ -58,10 +58,11 @@ def child(command, log, kill_at_write):
     os._exit(0)
 
 
-for line in sys.stdin:
-    pid = os.fork()
-    if pid == 0:
-        child(*ast.literal_eval(line))
-    print(pid, flush=True)
-    sys.stdin.readline()  # the one that asks for the end: until then the child's number stays its own
-    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+if __name__ == "__main__":
+    for line in sys.stdin:
+        pid = os.fork()
+        if pid == 0:
+            child(*ast.literal_eval(line))
+        print(pid, flush=True)
+        sys.stdin.readline()  # the one that asks for the end: until then the child's number stays its own
+        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
