@@ -7,6 +7,8 @@ import sys
 import warnings
 
 import torch
+import torch._dynamo  # else the first optimizer of every child would import it
+import torch.utils.tensorboard
 
 from sam_lightning.cli import main
 

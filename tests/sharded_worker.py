@@ -202,7 +202,9 @@ def resumed(folder, distributed):
     ends = []
     for ckpt_path in (None, folder / f"{distributed}-step=10.ckpt"):
         module, losses = Regression(network=make_network(dropout=0.3), **SYNC), Losses()
-        saving = ModelCheckpoint(folder, filename=f"{distributed}-{{step}}", every_n_train_steps=10, save_top_k=-1)
+        saving = ModelCheckpoint(
+            folder, filename=f"{distributed}-{{step}}", save_top_k=-1, save_on_train_epoch_end=True
+        )
         strategy = ModelParallelStrategy(2, 1, save_distributed_checkpoint=distributed)
         callbacks = [saving, losses, RandomStates()]
         run = trainer(strategy, max_epochs=2, callbacks=callbacks, enable_checkpointing=True)
