@@ -18,7 +18,7 @@ from sam_lightning.callbacks import EpochHistory, HyperparameterPage, LastCheckp
 from sam_lightning.checkpoint_io import AtomicCheckpointIO
 from sam_lightning.classifier import ImageClassifier  # noqa: F401  # so that --model ImageClassifier is found
 from sam_lightning.measuring import MeasuringTrainer
-from sam_lightning.messages import SettingsError, explain
+from sam_lightning.messages import SettingsError, explain, is_from_users_code
 from sam_lightning.module import SharpnessAwareModule
 from sam_lightning.run_directory import (
     CHECKPOINTS,
@@ -115,6 +115,8 @@ class CLI(LightningCLI):
             if self.subcommand == "fit" and not own and list(self.model.parameters()):
                 self.model.configure_optimizers()
         except ValueError as error:
+            if is_from_users_code(error):
+                raise
             raise SettingsError(str(error)) from error
         # Of every module, not only of those that think of it: the configuration, as primitives.
         self._dump_config()

@@ -5,21 +5,21 @@ from typing import Any
 from sam_lightning.run_directory import CheckpointError
 
 
-def prepare_resume(loops: dict[str, Any], max_epochs: int | None, max_steps: int) -> None:
+def prepare_resume(checkpoint: dict[str, Any], max_epochs: int | None, max_steps: int) -> None:
     """Makes Lightning go on with the next epoch behind a finished one, also if `max_steps` is set.
 
     With `max_steps` Lightning takes a finished epoch for an open one, and either trains it once more or not at all:
     the state is written here as one in which the next epoch begins.
 
     Args:
-        loops: The checkpoint's entry of that name, changed in place.
+        checkpoint: What is resumed from, changed in place.
         max_epochs: The trainer's; `None` or -1: no limit.
         max_steps: The trainer's; -1: no limit.
 
     Raises:
-        CheckpointError: If the checkpoint was saved where Lightning would lose a part of the epoch unseen.
+        CheckpointError: If it was saved where Lightning would lose a part of the epoch unseen.
     """
-    fit = loops["fit_loop"]
+    fit = checkpoint["loops"]["fit_loop"]
     epochs, batches = fit["epoch_progress"], fit["epoch_loop.batch_progress"]
     is_over = epochs["current"]["processed"] == epochs["current"]["ready"]
     if not is_over and batches["is_last_batch"]:

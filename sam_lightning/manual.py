@@ -143,7 +143,12 @@ class ManualOptimization(LightningModule):
             reshard(self)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds the losses of the epoch so far, so that a resumed epoch has the same mean."""
+        """Adds the losses of the epoch so far, so that a resumed epoch has the same mean.
+
+        Raises:
+            DivergedError: If the weights are not finite.
+        """
+        self._stop_if_diverged()
         checkpoint["epoch_losses"] = [float(loss) for loss in self._epoch_losses]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -152,6 +157,7 @@ class ManualOptimization(LightningModule):
         Raises:
             CheckpointError: If training cannot go on from there without losing a part of an epoch.
         """
-        if self.trainer.state.fn == TrainerFn.FITTING:
-            prepare_resume(checkpoint["loops"], self.trainer.max_epochs, self.trainer.max_steps)
+        # A module that is loaded by itself has no trainer.
+        if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
+            prepare_resume(checkpoint, self.trainer.max_epochs, self.trainer.max_steps)
         self._epoch_losses = list(checkpoint.get("epoch_losses", []))

@@ -15,7 +15,9 @@ from lightning.pytorch import Callback
 
 from launch import environment, free_port
 from regression import SAM_SGD, Regression, assert_same, loader, state_of
+from sam_lightning.classifier import ImageClassifier
 from sam_lightning.cli import main
+from sam_lightning.networks import digits_cnn
 from sam_lightning.run_directory import find_checkpoint, read_checkpoint
 from test_cli import BASE, QUICK, ROOT, fails, fit
 
@@ -82,6 +84,31 @@ def test_an_error_of_ones_own_keeps_its_traceback():
         main(WORDS, [InPass(ZeroDivisionError("mine"), step=1, second=True)])
 
 
+def test_an_error_in_ones_own_module_keeps_its_traceback(capsys, monkeypatch):
+    Path("mine_with_fault.py").write_text(
+        "from sam_lightning.classifier import ImageClassifier\n"
+        "class Mine(ImageClassifier):\n"
+        "    def __init__(self, network, optimizer):\n"
+        "        super().__init__(network, optimizer)\n"
+        "        a, b = [1]\n"
+    )
+    monkeypatch.syspath_prepend(".")
+    own = ["--model", "mine_with_fault.Mine", "--model.network", "sam_lightning.networks.digits_cnn"]
+    with pytest.raises(ValueError, match="not enough values to unpack"):
+        main(["fit", *own, "--data", "Digits", *SAM])
+    assert "rho must be" in fails(capsys, *WORDS, "--model.optimizer.rho", "-1")  # no fault of anyone's code
+
+
+class Unreadable(Callback):
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        raise PermissionError(13, "Permission denied", "mine.csv")
+
+
+def test_ones_own_file_that_cannot_be_read_is_not_called_one_that_cannot_be_written():
+    with pytest.raises(PermissionError):
+        main(WORDS, [Unreadable()])
+
+
 class Spoil(Callback):
     """Puts NaN into a batch."""
 
@@ -106,6 +133,16 @@ def test_training_that_diverges_ends_before_it_is_saved(capsys, optimizer):
         content = read_checkpoint(path)
         assert content["epoch"] == 0
         assert all(value.isfinite().all() for value in content["state_dict"].values())
+
+
+@pytest.mark.filterwarnings("ignore:Using ModelCheckpoint with manual optimization")
+def test_weights_that_are_not_finite_are_saved_by_no_callback():
+    saving = ["--trainer.callbacks.every_n_train_steps", "2", "--trainer.callbacks.monitor", "null"]
+    words = [*WORDS, *saving, "--trainer.limit_train_batches", "9", "--trainer.log_every_n_steps", "100"]
+    with pytest.raises(SystemExit) as exit_:
+        main(words, [Spoil(2)])
+    assert "not finite in epoch 1, step 4" in exit_.value.code
+    assert read_checkpoint(RUN / "checkpoints/best.ckpt")["global_step"] == 2
 
 
 def test_training_that_diverges_ends_when_it_logs_next(capsys):
@@ -166,6 +203,27 @@ def test_a_run_directory_that_cannot_be_written(capsys):
     assert "error: cannot write: [Errno 20] Not a directory" in said
     assert "name another by --trainer.default_root_dir" in said
     assert Path("file").read_text() == "kept"
+
+
+@pytest.mark.parametrize("how", ["absolute", "moved"])
+def test_a_run_under_another_name_keeps_its_best_epoch_and_its_files(how):
+    fit("--trainer.callbacks.monitor", "train/loss_epoch", epochs=2)  # the first epoch's is the largest
+    run = RUN.resolve() if how == "absolute" else RUN.rename("moved")
+    resumed = main(["fit", "--ckpt_path", str(run), "--trainer.max_epochs", "3"])
+    assert {path.name for path in (run / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
+    assert read_checkpoint(run / "checkpoints/best.ckpt")["epoch"] == 0
+    assert read_checkpoint(run / "checkpoints/last.ckpt")["epoch"] == 2
+    best = next(callback for callback in resumed.trainer.checkpoint_callbacks if callback.monitor)
+    assert Path(best.best_model_path).resolve() == (run / "checkpoints/best.ckpt").resolve()
+
+
+def test_a_checkpoint_gives_a_module_of_its_own_but_no_training_without_its_loops(capsys):
+    trained = fit()
+    path = RUN / "checkpoints/last.ckpt"
+    module = ImageClassifier.load_from_checkpoint(path, network=digits_cnn(), optimizer=SAM_SGD)
+    assert_same(state_of(module), state_of(trained.model))
+    trained.trainer.save_checkpoint("weights.ckpt", weights_only=True)
+    assert "the checkpoint holds weights only: it can be tested" in fails(capsys, *WORDS, "--ckpt_path", "weights.ckpt")
 
 
 @pytest.mark.parametrize("damage", ["truncated", "empty", "hostile"])
@@ -289,8 +347,6 @@ def test_a_sharded_run_replaces_its_newest_checkpoint_only_by_a_complete_one():
         last = find_checkpoint(RUN, "last")
         assert last.name == f"last-epoch={epochs - 1}.ckpt"
         assert read_checkpoint(last)["epoch"] == epochs - 1
-    straight = fit(epochs=3)  # one process that shards among itself is one process
-    assert straight.trainer.global_step == read_checkpoint(last)["global_step"]
 
 
 @pytest.mark.timeout(400)

@@ -85,6 +85,14 @@ def test_only_common_seeds_are_compared(study, results):
     assert np.isnan(found.low)
 
 
+def test_a_run_without_a_value_leaves_the_other_seeds_theirs(study, results):
+    first = (results.runs.cell == "SAM, batch size 32") & (results.runs.seed == 1)
+    fewer = replace(results, runs=results.runs.assign(best=results.runs.best.mask(first)))
+    kept = row(differences(study, outcomes(fewer, equal_compute=False)), "SAM, batch size 32", epoch="best")
+    assert kept.n == 1
+    assert kept.by_seed.startswith("2:")
+
+
 def test_a_difference_too_small_to_show_has_no_sign_of_its_own(study, results):
     nearly = results.runs.assign(best=0.6 - 1e-6 * (results.runs.cell == "SAM, batch size 32"))
     _, _, text = tables(study, replace(results, runs=nearly))["differences"]

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from sam_lightning.run_directory import read_checkpoint
+from sam_lightning.studies.pool import Worker
 from sam_lightning.studies.runs import LOG, RESULT, runs_of
 from sam_lightning.studies.spec import load
 from test_studies import SMALL, written
@@ -205,6 +206,16 @@ def test_a_worker_that_is_killed_is_replaced(undisturbed, tmp_path):
     out, _ = process.communicate(timeout=300)
     assert process.returncode == 0, out
     assert outcomes(tmp_path, path) == outcomes(root, path)
+
+
+def test_a_worker_that_died_while_it_waited_can_be_replaced():
+    worker = Worker({})
+    assert worker.is_alive
+    worker._process.kill()
+    worker._process.wait()
+    assert not worker.is_alive
+    assert list(worker.ask(check=["fit"])) == []
+    worker.stop()
 
 
 def test_an_arm_that_does_not_parse_ends_the_study_before_anything_trains(tmp_path):

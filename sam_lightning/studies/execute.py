@@ -79,7 +79,10 @@ def _alone_in(directory: Path) -> Iterator[None]:
     directory.mkdir(parents=True, exist_ok=True)
     with (directory / ".lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)  # released by the system, however this process ends
-        yield
+        try:
+            yield
+        finally:
+            fcntl.flock(file, fcntl.LOCK_UN)  # closing it is not enough: a data loader's workers have it open, too
 
 
 def _outcome(cli: CLI) -> dict[str, Any]:

@@ -70,6 +70,9 @@ def link(study: Study, runs: Sequence[Run], root: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for run in runs:
         path = folder / re.sub(r"[^\w.-]+", "_", f"{run.cell.label}-seed{run.seed}".replace(", ", "-"))
-        if not path.is_symlink():
-            with suppress(OSError):  # a file system without links
-                path.symlink_to(os.path.relpath(root / run.name, folder), target_is_directory=True)
+        target = os.path.relpath(root / run.name, folder)
+        with suppress(OSError):  # a file system without links
+            if path.is_symlink() and os.readlink(path) != target:  # the run before a change of its files
+                path.unlink()
+            if not path.is_symlink():
+                path.symlink_to(target, target_is_directory=True)

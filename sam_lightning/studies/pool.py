@@ -8,6 +8,7 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,13 +59,19 @@ class Worker:
             if "epoch" not in answer:
                 return
 
+    @property
+    def is_alive(self) -> bool:
+        """Whether the process is there."""
+        return self._process.poll() is None
+
     def stop(self) -> None:
         """Ends the process at once: what a run has saved is whole, and a run can be resumed."""
         self._process.kill()
         self._process.wait()
         for stream in (self._process.stdin, self._process.stdout):
             if stream is not None:
-                stream.close()
+                with suppress(OSError):  # what it was last asked is still there, and nobody left to read it
+                    stream.close()
 
 
 class Pool:
@@ -146,17 +153,22 @@ class Pool:
                 except IndexError:
                     threading.Event().wait(0.2)
                     continue
+                if not self._workers[i].is_alive:  # lost while it waited: no fault of this run's
+                    self._replace(i)
                 events.put(Event(run, "started"))
                 if self._finishes(i, run, root, events):
                     events.put(Event(run, "done"))
                 elif not self._is_stopped:
-                    self._workers[i].stop()
-                    self._workers[i] = Worker(self._environments[i])
+                    self._replace(i)
                     if attempts > 1:
                         todo.append((run, attempts - 1))
                     events.put(Event(run, "retried" if attempts > 1 else "failed"))
         except BaseException as error:
             events.put(error)
+
+    def _replace(self, i: int) -> None:
+        self._workers[i].stop()
+        self._workers[i] = Worker(self._environments[i])
 
     def _finishes(self, i: int, run: Run, root: Path, events: "queue.SimpleQueue[Any]") -> bool:
         for answer in self._workers[i].ask(words=run.words, directory=str(root / run.name)):

@@ -90,7 +90,9 @@ def differences(study: Study, outcome: pd.DataFrame) -> pd.DataFrame:
                     "mean": values.mean(),
                     "low": values.mean() - half,
                     "high": values.mean() + half,
-                    "by_seed": " ".join(f"{seed}:{v:+z.2f}" for seed, v in zip(pairs.seed, values, strict=True)),
+                    "by_seed": " ".join(
+                        f"{seed}:{v:+z.2f}" for seed, v in zip(pairs.seed[values.index], values, strict=True)
+                    ),
                 }
             )
     return pd.DataFrame(rows)
