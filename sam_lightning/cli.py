@@ -220,7 +220,11 @@ def main(args: list[str] | None = None, callbacks: Iterable[Callback] = ()) -> C
             auto_configure_optimizers=False,
             seed_everything_default=1,
             # Otherwise --trainer.max_epoch is taken for max_epochs, today.
-            parser_kwargs={key: STRICT for key in CLI.subcommands()} | STRICT,
+            parser_kwargs={
+                **{key: STRICT for key in CLI.subcommands()},
+                **STRICT,
+                "epilog": "Studies, many runs and their report: sam-lightning study --help",
+            },
             save_config_callback=RunConfig,
             save_config_kwargs={"save_to_log_dir": False},
             trainer_defaults={"callbacks": [RandomStates(), EpochHistory(), HyperparameterPage(), *callbacks]},

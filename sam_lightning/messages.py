@@ -50,6 +50,11 @@ def explain(error: Exception) -> str | None:
             f"cannot write: {text}. Make room or the folder writable, or name another by --trainer.default_root_dir. "
             "What was saved before is kept."
         )
+    if "could not find the monitored key" in text:
+        return (
+            f"{text.splitlines()[0]} Name what your module logs by --trainer.callbacks.monitor NAME --trainer.callbacks"
+            ".mode min (or max)."
+        )
     if isinstance(error, KeyError) and "checkpoint contains only the model" in text:
         return "the checkpoint holds weights only: it can be tested, and no training can go on from it."
     if isinstance(error, RuntimeError) and "Error(s) in loading state_dict" in text:

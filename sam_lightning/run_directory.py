@@ -15,6 +15,8 @@ CHECKPOINTS = "checkpoints"
 SHARDED = "meta.pt"  # in a checkpoint that is a folder of shards: all but the tensors, written last
 # Where data lie and how they are read does not change what is trained.
 FREE_OF_CONSEQUENCE = {"root", "num_workers", "download", "eval_batch_size"}
+# Of the trainer's settings, those that change what is trained or which epoch is the best.
+_OF_THE_TRAINER = ("precision", "limit_train_batches", "limit_val_batches", "overfit_batches")
 
 
 class CheckpointError(RuntimeError):
@@ -94,7 +96,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def differences(checkpoint: Mapping[str, Any], config: Mapping[str, Any], run_config: Path) -> list[str]:
-    """The settings of model, data, seed and precision that differ, a line each.
+    """The settings of model, data and seed, and those of the trainer that change what is trained, that differ.
 
     Args:
         checkpoint: Content of the checkpoint.
@@ -109,7 +111,9 @@ def differences(checkpoint: Mapping[str, Any], config: Mapping[str, Any], run_co
     if run_config.is_file():
         for tree, source in ((there, yaml.safe_load(run_config.read_text())), (here, config)):
             tree["seed_everything"] = source.get("seed_everything")
-            tree["trainer"] = {"precision": source.get("trainer", {}).get("precision") or "32-true"}
+            trainer = source.get("trainer", {})
+            tree["trainer"] = {key: trainer.get(key) for key in _OF_THE_TRAINER}
+            tree["trainer"]["precision"] = trainer.get("precision") or "32-true"
     a, b = dict(flatten(there)), dict(flatten(here))
     return [
         f"{key}: {a.get(key, 'not set')} in the checkpoint, {b.get(key, 'not set')} here"

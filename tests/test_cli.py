@@ -71,6 +71,13 @@ def test_checkpoints_are_written_atomically():
     assert isinstance(fit().trainer.strategy.checkpoint_io, AtomicCheckpointIO)
 
 
+def test_help_names_studies_too(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main(["--help"])
+    assert exit_.value.code == 0
+    assert "sam-lightning study --help" in capsys.readouterr().out
+
+
 def test_the_last_epoch_is_kept_even_if_no_epoch_was_better_than_the_first():
     the_first_is_best = ["--trainer.callbacks.monitor", "train/loss_epoch"]  # the largest, as of accuracies
     fit(*the_first_is_best, epochs=3)
@@ -127,6 +134,8 @@ def test_resuming_with_other_settings_is_refused(capsys):
     assert "model.optimizer.init_args.rho: 0.05 in the checkpoint, 0.2 here" in said
     assert "data.batch_size: 64 in the checkpoint, 32 here" in said
     assert f"fit --ckpt_path {run}" in said
+    said = fails(capsys, "fit", "--ckpt_path", run, "--trainer.limit_train_batches", "3")
+    assert re.search(r"trainer.limit_train_batches: 4(.0)? in the checkpoint, 3(.0)? here", said)
     main(["fit", "--ckpt_path", run, "--trainer.max_epochs", "2", "--data.num_workers", "0"])  # these may differ
 
 

@@ -99,6 +99,12 @@ def test_an_error_in_ones_own_module_keeps_its_traceback(capsys, monkeypatch):
     assert "rho must be" in fails(capsys, *WORDS, "--model.optimizer.rho", "-1")  # no fault of anyone's code
 
 
+def test_a_monitored_metric_that_nobody_logs_is_told_with_the_option_that_names_it(capsys):
+    said = fails(capsys, *WORDS, "--trainer.callbacks.monitor", "val/f1")
+    assert "could not find the monitored key in the returned metrics" in said
+    assert "Name what your module logs by --trainer.callbacks.monitor NAME" in said
+
+
 class Unreadable(Callback):
     def on_train_batch_start(self, trainer, module, batch, batch_idx):
         raise PermissionError(13, "Permission denied", "mine.csv")

@@ -209,6 +209,7 @@ def test_a_dry_run_prints_commands_and_writes_nothing(tmp_path, capsys, monkeypa
         (["run", "PATH", "--jbos", "2"], "--jbos"),
         (["run", "PATH", "--jobs", "0"], "must be an integer >= 1, got 0"),
         (["run", "PATH", "--trainer.max_epochs"], "--trainer.max_epochs needs a value"),
+        (["run", "PATH", "--trainer.max_epochs", "--dry-run"], "--trainer.max_epochs needs a value"),
         (["run", "PATH", "--launcher", "cloud"], "cloud"),
         (["run", "missing"], "no study missing"),
         (["report", "PATH", "--root", "empty"], "none of its 4 runs in empty is finished: study run"),

@@ -225,7 +225,7 @@ def test_an_arm_that_does_not_parse_ends_the_study_before_anything_trains(tmp_pa
     assert "nothing was trained, since these runs do not parse:" in out
     assert "wide" in out
     assert "roh" in out
-    assert not list((tmp_path / "runs").glob("s*-seed*"))
+    assert not (tmp_path / "runs").exists()
 
 
 def test_studies_that_share_a_run_train_it_once(tmp_path):

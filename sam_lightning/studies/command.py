@@ -78,7 +78,7 @@ def _split(args: Sequence[str]) -> tuple[list[str], dict[str, str]]:
             words.append(word)
             continue
         if not equals:
-            if not rest:
+            if not rest or rest[0].startswith("--"):
                 raise StudyError(f"{key} needs a value.")
             value = rest.pop(0)
         overrides[key[2:]] = value

@@ -30,14 +30,14 @@ def launch(study: Study, options: argparse.Namespace) -> int:
         return 0
     todo = [run for run in runs if not (options.root / run.name / RESULT).is_file()]
     print(f"{study.question} {len(runs)} runs in {options.root}, {len(todo)} to do.", flush=True)
-    link(study, runs, options.root)
     if options.launcher == "slurm":
+        link(study, runs, options.root)
         from sam_lightning.studies.slurm import submit  # an optional extra
 
         submit(study, todo, options.root, options.threads, options.slurm)
         return 0
     try:
-        failed = _execute(todo, study, options) if todo else []
+        failed = _execute(runs, todo, study, options)
     except KeyboardInterrupt:
         done = sum((options.root / run.name / RESULT).is_file() for run in runs)
         print(f"\ninterrupted: {done} of {len(runs)} runs are done; the same command goes on.", file=sys.stderr)
@@ -50,13 +50,17 @@ def launch(study: Study, options: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
-def _execute(todo: Sequence[Run], study: Study, options: argparse.Namespace) -> list[Run]:
+def _execute(runs: Sequence[Run], todo: Sequence[Run], study: Study, options: argparse.Namespace) -> list[Run]:
+    if not todo:
+        link(study, runs, options.root)
+        return []
     accelerator = study.overrides.get("trainer.accelerator", "auto")
     places = environments(options.jobs, options.jobs_per_device, options.threads, accelerator)[: len(todo)]
     with Pool(places) as pool:
         errors, epochs = pool.check(todo)
         if errors:
             raise StudyError(f"{study.path}: nothing was trained, since these runs do not parse:\n" + "\n".join(errors))
+        link(study, runs, options.root)  # only now: a study that cannot be meant leaves no directory
         display = Display(todo, epochs)
         try:
             return pool.execute(todo, options.root, display)
