@@ -226,11 +226,14 @@ def test_commands_that_cannot_be_meant(tmp_path, capsys, monkeypatch, words, mes
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_settings_that_the_study_varies_are_refused(tmp_path, capsys):
+@pytest.mark.parametrize(
+    "key", ["data.batch_size", "data.init_args.batch_size", "model.optimizer", "model.optimizer.class_path"]
+)
+def test_settings_that_the_study_varies_are_refused(tmp_path, capsys, key):
     path = written(tmp_path, grid={"data.batch_size": [8, 16]})
-    out, code = command(capsys, "run", str(path), "--data.batch_size", "8", "--dry-run")
+    out, code = command(capsys, "run", str(path), f"--{key}", "8", "--dry-run")
     assert code != 0
-    assert f"--data.batch_size 8: {path} sets it itself, in SGD. To run a part of the study use --only" in out
+    assert f"--{key} 8: {path} sets it itself, in SGD. To run a part of the study use --only" in out
 
 
 def test_the_console_script_knows_studies():

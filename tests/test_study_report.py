@@ -65,6 +65,19 @@ def test_equal_compute_takes_the_first_half_of_two_gradients_a_step(study, resul
     assert sgd.train_loss == full.train_loss
 
 
+@pytest.mark.parametrize(("epochs", "kept"), [(5, {1: 4, 2: 2}), (3, {1: 2, 2: 1}), (1, {})])
+def test_equal_compute_is_equal_for_odd_lengths_too(study, results, epochs, kept):
+    runs = results.runs.assign(epochs=epochs)
+    rows = [
+        row._replace(epoch=e)
+        for row in results.epochs[results.epochs.epoch == 1].itertuples(index=False)
+        for e in range(1, epochs + 1)
+    ]
+    cut = outcomes(replace(results, runs=runs, epochs=pd.DataFrame(rows)), equal_compute=True)
+    found = cut.merge(runs[["cell", "seed", "gradients_per_step"]], on=["cell", "seed"])
+    assert dict(zip(found.gradients_per_step, found.epochs, strict=True)) == kept
+
+
 def test_differences_are_paired_by_seed(study, results):
     found = row(differences(study, outcomes(results, equal_compute=False)), "SAM, batch size 32", epoch="last")
     values = [100 * (ACCURACIES[seed][-1] - SGD_LAST[seed]) for seed in (1, 2)]

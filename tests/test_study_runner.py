@@ -127,6 +127,27 @@ def test_two_at_once_give_the_results_of_one_at_a_time(undisturbed, tmp_path):
     assert outcomes(tmp_path, path) == outcomes(root, path)
 
 
+def test_the_loaders_workers_change_nothing_and_keep_no_run_locked(undisturbed, tmp_path):
+    path, root, _ = undisturbed
+    more = ("--jobs", "2", "--data.num_workers", "1", "--only", "seed=1")
+    process = begin(path, tmp_path, *more)
+    runs = [run for run in runs_in(path) if run.seed == 1]
+    until(lambda: any((tmp_path / run.name / "checkpoints/last.ckpt").exists() for run in runs))
+    process.kill()
+    process.communicate()
+    out, code = study_run(path, tmp_path, *more)
+    assert code == 0, out
+    for run in runs:
+        ours, theirs = (outcome(folder / run.name) for folder in (tmp_path, root))
+        assert {**ours, "command": ()} == {**theirs, "command": ()}
+
+
+def test_several_devices_are_refused(tmp_path):
+    out, code = study_run(written(tmp_path), tmp_path / "runs", "--trainer.devices", "2")
+    assert code == 1
+    assert "a study's runs use one device each: trainer.devices must be 1. For more use `fit`." in out
+
+
 def test_a_pasted_command_gives_the_studys_result(undisturbed, tmp_path):
     """A fresh process, where the study's worker was warm."""
     path, root, _ = undisturbed

@@ -78,11 +78,9 @@ def _alone_in(directory: Path) -> Iterator[None]:
     """Waits until no other process is at this run: two studies that share it may run at once."""
     directory.mkdir(parents=True, exist_ok=True)
     with (directory / ".lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)  # released by the system, however this process ends
-        try:
-            yield
-        finally:
-            fcntl.flock(file, fcntl.LOCK_UN)  # closing it is not enough: a data loader's workers have it open, too
+        # A record lock: it ends with this process, however that ends, and its data loaders' workers do not inherit it.
+        fcntl.lockf(file, fcntl.LOCK_EX)
+        yield
 
 
 def _outcome(cli: CLI) -> dict[str, Any]:

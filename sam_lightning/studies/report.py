@@ -1,5 +1,6 @@
 """Tables of a study: means over seeds, differences seed by seed, and the published numbers beside them."""
 
+import math
 from typing import Any
 
 import numpy as np
@@ -31,7 +32,8 @@ def outcomes(results: Results, equal_compute: bool) -> pd.DataFrame:
     if not equal_compute:
         return runs[["cell", "seed", "epochs", *_METRICS]]
     cost = runs.gradients_per_step * runs.epochs
-    allowed = (cost.min() // runs.gradients_per_step).rename("allowed")
+    unit = math.lcm(*runs.gradients_per_step)  # whole epochs of every arm
+    allowed = (cost.min() // unit * unit // runs.gradients_per_step).rename("allowed")
     epochs = results.epochs.merge(runs[["cell", "seed"]].assign(allowed=allowed), on=["cell", "seed"])
     epochs = epochs[epochs.epoch <= epochs.allowed].sort_values("epoch")
     by_run = epochs.groupby(["cell", "seed"], sort=False)
@@ -120,9 +122,13 @@ def tables(study: Study, results: Results) -> dict[str, tuple[str, pd.DataFrame,
         ),
     }
     cut = outcomes(results, equal_compute=True)
-    if results.runs.gradients_per_step.nunique() > 1:
+    if results.runs.gradients_per_step.nunique() > 1 and len(cut):
         found |= {
-            "equal-compute": (f"{at} (%) at equal compute: as many gradients in every run.", cut, _as_summary),
+            "equal-compute": (
+                f"{at} (%) at equal compute: as many gradients per training image in every run.",
+                cut,
+                _as_summary,
+            ),
             "equal-compute-differences": (f"{at} minus {study.baseline}'s at equal compute.", cut, _as_pairs),
         }
     made = {}

@@ -4,6 +4,7 @@ import json
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import pandas as pd
@@ -56,7 +57,7 @@ def collect(study: Study, root: Path) -> Results:
             if (path.parent / WEIGHTS).is_file():
                 with np.load(path.parent / WEIGHTS, allow_pickle=False) as file:
                     weights |= {(run.cell.label, run.seed, name): file[name].ravel() for name in file.files}
-        except (ValueError, KeyError, TypeError, OSError) as error:
+        except (ValueError, KeyError, TypeError, OSError, EOFError, BadZipFile) as error:
             raise StudyError(
                 f"{path} cannot be read ({type(error).__name__}: {error}). Remove it and run the study again: the "
                 "run goes on from its last checkpoint."

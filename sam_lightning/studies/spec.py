@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -116,6 +117,12 @@ def load(which: str, overrides: Mapping[str, str] | None = None) -> Study:
     return study
 
 
+def _overlap(a: str, b: str) -> bool:
+    """Whether two dotted names mean the same setting, or one of them holds the other; `init_args` may be left out."""
+    first, second = (re.sub(r"\.(init_args|dict_kwargs)(?=\.)", "", key) + "." for key in (a, b))
+    return first.startswith(second) or second.startswith(first)
+
+
 def short(key: str) -> str:
     """The last part of a dotted name."""
     return key.rpartition(".")[2]
@@ -159,7 +166,8 @@ def _check(study: Study) -> None:
             if key in study.arms[arm].set:
                 refuse(f"arms.{arm}.set.{key}", "is varied by the grid.")
         for key in study.overrides:
-            if key in grid or key in study.arms[arm].set:
+            own = [*grid, *study.arms[arm].set, "model.optimizer.class_path", "trainer.default_root_dir"]
+            if any(_overlap(key, other) for other in own):
                 raise StudyError(
                     f"--{key} {study.overrides[key]}: {study.path} sets it itself, in {arm}. To run a part of the "
                     f"study use --only {key}=...; for other values write a study file of your own."

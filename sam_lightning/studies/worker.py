@@ -78,8 +78,12 @@ def serve() -> None:
 def _requests() -> "queue.SimpleQueue[dict[str, Any]]":
     requests: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
 
+    # Not sys.stdin: a data loader's forked worker closes that, and would wait for ever for this thread's lock on it.
+    stream = os.fdopen(os.dup(0))
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+
     def read() -> None:
-        for line in sys.stdin:
+        for line in stream:
             requests.put(json.loads(line))
         os._exit(0)  # at once: a run without its study would write beside the next one
 
@@ -98,7 +102,10 @@ def _check(words: list[str]) -> dict[str, Any]:
             code = error.code
     if code:
         return {"error": code if isinstance(code, str) else err.getvalue()}
-    return {"epochs": yaml.safe_load(out.getvalue())["trainer"]["max_epochs"] or 0}
+    trainer = yaml.safe_load(out.getvalue())["trainer"]
+    if trainer["devices"] not in (1, "1", "auto") or trainer["num_nodes"] != 1:
+        return {"error": "a study's runs use one device each: trainer.devices must be 1. For more use `fit`."}
+    return {"epochs": trainer["max_epochs"] or 0}
 
 
 if __name__ == "__main__":
