@@ -34,6 +34,7 @@ from sam_lightning.run_directory import (
 )
 
 STRICT = {"allow_abbrev": False}
+EPILOG = "Studies, many runs and their report: sam-lightning study --help"
 
 
 class RunConfig(SaveConfigCallback):
@@ -220,11 +221,7 @@ def main(args: list[str] | None = None, callbacks: Iterable[Callback] = ()) -> C
             auto_configure_optimizers=False,
             seed_everything_default=1,
             # Otherwise --trainer.max_epoch is taken for max_epochs, today.
-            parser_kwargs={
-                **{key: STRICT for key in CLI.subcommands()},
-                **STRICT,
-                "epilog": "Studies, many runs and their report: sam-lightning study --help",
-            },
+            parser_kwargs={**{key: STRICT for key in CLI.subcommands()}, **STRICT, "epilog": EPILOG},
             save_config_callback=RunConfig,
             save_config_kwargs={"save_to_log_dir": False},
             trainer_defaults={"callbacks": [RandomStates(), EpochHistory(), HyperparameterPage(), *callbacks]},

@@ -127,6 +127,12 @@ def test_a_run_that_fails_says_so_in_its_log(slurm):
     assert not (directory / "result.json").exists()
 
 
+def test_a_command_that_does_not_parse_is_not_submitted(slurm):
+    assert "nothing was trained, since these runs do not parse" in fails("--trainer.max_epoch", "3")
+    assert slurm("squeue", "-h") == ""
+    assert not Path("runs").exists()
+
+
 def test_what_sbatch_refuses(slurm, capfd):
     said = fails(options={**OPTIONS, "slurm_partition": "none"})
     assert "SLURM options slurm.yaml: sbatch: error: invalid partition specified: none" in said

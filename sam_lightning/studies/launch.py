@@ -31,9 +31,12 @@ def launch(study: Study, options: argparse.Namespace) -> int:
     todo = [run for run in runs if not (options.root / run.name / RESULT).is_file()]
     print(f"{study.question} {len(runs)} runs in {options.root}, {len(todo)} to do.", flush=True)
     if options.launcher == "slurm":
-        link(study, runs, options.root)
         from sam_lightning.studies.slurm import submit  # an optional extra
 
+        if todo:
+            with Pool(environments(1, 1, options.threads, "cpu")) as pool:
+                _check(pool, todo, study)
+        link(study, runs, options.root)
         submit(study, todo, options.root, options.threads, options.slurm)
         return 0
     try:
@@ -57,15 +60,21 @@ def _execute(runs: Sequence[Run], todo: Sequence[Run], study: Study, options: ar
     accelerator = study.overrides.get("trainer.accelerator", "auto")
     places = environments(options.jobs, options.jobs_per_device, options.threads, accelerator)[: len(todo)]
     with Pool(places) as pool:
-        errors, epochs = pool.check(todo)
-        if errors:
-            raise StudyError(f"{study.path}: nothing was trained, since these runs do not parse:\n" + "\n".join(errors))
+        epochs = _check(pool, todo, study)
         link(study, runs, options.root)  # only now: a study that cannot be meant leaves no directory
         display = Display(todo, epochs)
         try:
             return pool.execute(todo, options.root, display)
         finally:
             display.close()
+
+
+def _check(pool: Pool, todo: Sequence[Run], study: Study) -> list[int]:
+    """How many epochs each run trains; refuses all of them if one does not parse."""
+    errors, epochs = pool.check(todo)
+    if errors:
+        raise StudyError(f"{study.path}: nothing was trained, since these runs do not parse:\n" + "\n".join(errors))
+    return epochs
 
 
 def link(study: Study, runs: Sequence[Run], root: Path) -> None:
