@@ -18,6 +18,7 @@ from sam_lightning.callbacks import EpochHistory, HyperparameterPage, LastCheckp
 from sam_lightning.checkpoint_io import AtomicCheckpointIO
 from sam_lightning.classifier import ImageClassifier  # noqa: F401  # so that --model ImageClassifier is found
 from sam_lightning.measuring import MeasuringTrainer
+from sam_lightning.memory import keep_freed_memory
 from sam_lightning.messages import SettingsError, explain, is_from_users_code
 from sam_lightning.module import SharpnessAwareModule
 from sam_lightning.run_directory import (
@@ -211,6 +212,7 @@ def main(args: list[str] | None = None, callbacks: Iterable[Callback] = ()) -> C
     # Lightning 2.6 under newer torch: nothing a user could act on.
     warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\)", category=FutureWarning)
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_advertisement)
+    keep_freed_memory()
     try:
         return CLI(
             LightningModule,

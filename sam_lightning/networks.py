@@ -3,7 +3,8 @@
 from collections import OrderedDict
 from typing import Literal
 
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.functional import conv2d
 from torchvision.models.resnet import BasicBlock, ResNet
 
 Norm = Literal["batch", "group", "none"]
@@ -15,11 +16,31 @@ _NORMS = {
 }
 
 
+class TrimmedConv2d(nn.Conv2d):
+    """A convolution that computes nothing with the zeros around an image, where it has one output position.
+
+    There the kernel's first rows and columns lie on the padding, and those beyond the image do, too: they add
+    exact zeros to the output and get a gradient of exact zeros, so that leaving them out changes only the order
+    in which the others are added. On a 1x1 image a 3x3 kernel does a ninth of the work. Padding is an integer or a
+    pair, dilation 1.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(B, C, H, W) to (B, K, H', W'), as `torch.nn.Conv2d`."""
+        assert isinstance(self.padding, tuple)
+        axes = list(zip(input.shape[-2:], self.kernel_size, self.stride, self.padding, strict=True))
+        if any((size + 2 * padding - kernel) // stride for size, kernel, stride, padding in axes):
+            return super().forward(input)
+        rows, columns = (slice(padding, padding + size) for size, _, _, padding in axes)
+        return conv2d(input, self.weight[:, :, rows, columns], self.bias, self.stride, groups=self.groups)
+
+
 def resnet18(num_classes: int = 1000, norm: Literal["batch", "none"] = "batch") -> ResNet:
     """Torchvision's ResNet-18 with the ImageNet stem, untrained: the network of the three studies.
 
-    The stem (7x7, stride 2, then max-pool) halves a 32x32 image three times before the first block. With
-    `norm="none"` no layer normalises, and the convolutions still have no bias.
+    The stem (7x7, stride 2, then max-pool) halves a 32x32 image twice before the first block, so that the last
+    blocks see 1x1 images; there the convolutions leave out the padding. With `norm="none"` no layer normalises,
+    and the convolutions still have no bias.
 
     Args:
         num_classes: Size of the head; the studies keep ImageNet's 1000.
@@ -28,7 +49,11 @@ def resnet18(num_classes: int = 1000, norm: Literal["batch", "none"] = "batch") 
     Reference:
         He, Zhang, Ren, Sun. Deep Residual Learning for Image Recognition. CVPR 2016. arXiv 1512.03385.
     """
-    return ResNet(BasicBlock, [2, 2, 2, 2], num_classes=num_classes, norm_layer=_norm_layer(norm, "batch", "none"))
+    network = ResNet(BasicBlock, [2, 2, 2, 2], num_classes=num_classes, norm_layer=_norm_layer(norm, "batch", "none"))
+    for layer in network.layer4.modules():
+        if isinstance(layer, nn.Conv2d):
+            layer.__class__ = TrimmedConv2d  # with the weights that torchvision drew for it
+    return network
 
 
 def cifar_resnet18(num_classes: int = 10, norm: Norm = "batch") -> ResNet:

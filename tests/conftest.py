@@ -22,7 +22,8 @@ def _leaves_nothing_behind():
     torch.manual_seed(0)
     yield
     assert not torch.distributed.is_initialized()
-    for key in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS"):  # what Lightning's seed_everything exports
+    # What Lightning's seed_everything and torch.compile export.
+    for key in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS", "_TORCHINDUCTOR_PYOBJECT_TENSOR_DATA_PTR"):
         os.environ.pop(key, None)
     changed = {key for key, _ in environment.items() ^ os.environ.items() if not key.startswith("PYTEST_")}
     assert not changed, f"environment variables changed: {changed}"

@@ -1,5 +1,6 @@
 """ImageClassifier: its loss, its metrics against whole-set computations, and what it logs."""
 
+import shutil
 from functools import partial
 
 import pytest
@@ -11,6 +12,8 @@ from sam_lightning import SAM
 from sam_lightning.classifier import ImageClassifier
 from sam_lightning.data import Digits
 from sam_lightning.networks import digits_cnn
+from sam_lightning.sharpness import Settings
+from sam_lightning.sharpness_monitor import measure_module
 
 OPTIMIZER = partial(SAM, base=partial(torch.optim.SGD, lr=0.1, momentum=0.9), rho=0.05)
 
@@ -88,3 +91,42 @@ def test_the_precision_of_the_trainer_reaches_the_images(trainer):
         seen = []
         trainer(precision=precision, max_steps=2).fit(Watching(digits_cnn(width=8), OPTIMIZER), Digits())
         assert set(seen) == {dtype}
+
+
+def weights_after_an_epoch(trainer, **options):
+    module = make(**options)
+    trainer(max_epochs=1, limit_train_batches=5).fit(module, Digits(seed=1))
+    return module, torch.cat([p.detach().flatten() for p in module.network.parameters()])
+
+
+def test_channels_last_changes_the_layout_and_not_the_training(trainer):
+    seen = []
+    _, plain = weights_after_an_epoch(trainer)
+    module, found = weights_after_an_epoch(trainer, channels_last=True)
+    module.network.conv2.register_forward_pre_hook(lambda layer, inputs: seen.append(inputs[0]))
+    module(torch.randn(2, 1, 8, 8))
+    weight = module.network.conv2.weight
+    for tensor in (seen[0], weight, module.optimizers().state[weight]["momentum_buffer"]):
+        assert tensor.is_contiguous(memory_format=torch.channels_last)
+        assert not tensor.is_contiguous()
+    torch.testing.assert_close(found, plain, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
+def test_a_compiled_network_trains_alike_under_the_same_names_and_is_compiled_once(trainer):
+    _, plain = weights_after_an_epoch(trainer)
+    torch._dynamo.utils.counters.clear()
+    module, found = weights_after_an_epoch(trainer, compile_network=True)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 3  # training, validation and its last batch
+    torch.testing.assert_close(found, plain, rtol=1e-4, atol=1e-5)
+    assert module.state_dict().keys() == make().state_dict().keys()
+    batch = torch.rand(20, 1, 8, 8), torch.arange(20) % 10
+    assert (
+        measure_module(module, [batch], Settings()).rows() == measure_module(loaded(module), [batch], Settings()).rows()
+    )
+
+
+def loaded(module):
+    other = make()
+    other.load_state_dict(module.state_dict())
+    return other

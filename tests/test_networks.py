@@ -3,9 +3,10 @@
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models import resnet18 as torchvision_resnet18
 
-from sam_lightning.networks import cifar_resnet18, digits_cnn, resnet18
+from sam_lightning.networks import TrimmedConv2d, cifar_resnet18, digits_cnn, resnet18
 
 
 def normalising(network):
@@ -21,6 +22,37 @@ def test_the_studies_network_is_torchvisions():
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     assert ours["fc.weight"].shape == (1000, 512)
+
+
+def gradients(layer, x):
+    output = layer(x)
+    (output * torch.arange(output.numel(), dtype=output.dtype).reshape(output.shape)).sum().backward()
+    return [output.detach(), x.grad, *(p.grad for p in layer.parameters())]
+
+
+@pytest.mark.parametrize("size", [(1, 1), (2, 2), (3, 2), (1, 3), (4, 4)])
+@pytest.mark.parametrize("stride", [1, 2, 3])
+@pytest.mark.parametrize("kernel", [1, 3, 5])
+def test_a_trimmed_convolution_is_the_convolution(size, stride, kernel):
+    torch.manual_seed(0)
+    options = {"kernel_size": kernel, "stride": stride, "padding": kernel // 2, "groups": 2, "dtype": torch.float64}
+    whole, trimmed = nn.Conv2d(4, 6, **options), TrimmedConv2d(4, 6, **options)
+    trimmed.load_state_dict(whole.state_dict())
+    x = torch.randn(3, 4, *size, dtype=torch.float64)
+    expected, found = (gradients(layer, x.clone().requires_grad_()) for layer in (whole, trimmed))
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_the_studies_network_is_torchvisions_with_less_arithmetic():
+    images = torch.randn(4, 3, 32, 32)
+    outputs, flops = [], []
+    for make in (resnet18, torchvision_resnet18):
+        torch.manual_seed(20)
+        with FlopCounterMode(display=False) as counter:
+            outputs.append(make()(images))
+        flops.append(counter.get_total_flops())
+    torch.testing.assert_close(outputs[0], outputs[1])
+    assert flops[0] < 0.87 * flops[1]  # three of 20 convolutions to a ninth, one to four ninths
 
 
 def test_without_norm_only_the_head_has_a_bias():

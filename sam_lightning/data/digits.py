@@ -2,8 +2,6 @@
 
 import numpy as np
 import torch
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 
 from sam_lightning.data.images import ImageData, Images, Validation
 from sam_lightning.data.normalise import Normalisation
@@ -62,6 +60,10 @@ class Digits(ImageData):
 
     def load(self) -> tuple[Images, Images]:
         """Training (1,437) and test (360) images."""
+        # Only here: scikit-learn takes a fifth of a second to import, which other commands need not wait for.
+        from sklearn.datasets import load_digits
+        from sklearn.model_selection import train_test_split
+
         digits = load_digits()
         everything = Images(
             torch.from_numpy(digits.images).to(torch.uint8).unsqueeze(1), torch.from_numpy(digits.target).long()

@@ -7,7 +7,6 @@ from typing import ClassVar, Literal, TypeAlias
 import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule, Trainer
-from sklearn.model_selection import train_test_split
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -130,6 +129,8 @@ class ImageData(LightningDataModule, ABC):
         train, self._test = self.load()
         self._augment = self.augmentation(len(train))
         if self.validation == "split":
+            from sklearn.model_selection import train_test_split  # a fifth of a second, which --help need not wait for
+
             kept, held_out = train_test_split(
                 np.arange(len(train)),
                 test_size=self.validation_fraction,

@@ -66,9 +66,10 @@ class ASAM(SharpnessAware):
     def displacement(self, weights: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
         """T^2 g / ||T g||."""
         T = self.units(weights)
-        Tg = torch._foreach_mul(T, grads)
-        unit = divide_by_norm(list(Tg), global_norm(list(Tg)))
-        return list(torch._foreach_mul(T, unit))  # last: T^2 g may be beyond half precision
+        Tg = list(torch._foreach_mul(T, grads))
+        e = divide_by_norm(Tg, global_norm(Tg), in_place=True)  # fresh memory costs more than the arithmetic
+        torch._foreach_mul_(e, T)  # last: T^2 g may be beyond half precision
+        return e
 
     def units(self, weights: list[Tensor]) -> list[Tensor]:
         """T of each of the weights, which are parameters of this optimizer."""

@@ -39,4 +39,4 @@ class SAM(SharpnessAware):
 
     def displacement(self, weights: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
         """G / ||g||."""
-        return divide_by_norm([g.clone() for g in grads], global_norm(grads))
+        return divide_by_norm(grads, global_norm(grads))

@@ -36,7 +36,12 @@ def undisturbed(network: nn.Module, batch_norm: BatchNorm = "running", seed: int
     tracking = [(m, m.track_running_stats) for m in network.modules() if hasattr(m, "track_running_stats")]
     devices = sorted({tensor.device.index for tensor in tensors if tensor.device.type == "cuda"})
     try:
-        with torch.random.fork_rng(devices), torch.inference_mode(False), torch.enable_grad():
+        with (
+            torch.random.fork_rng(devices),
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            torch.compiler.set_stance("force_eager"),  # a compiled network has no second derivatives
+        ):
             for generator in (torch.default_generator, *(torch.cuda.default_generators[i] for i in devices)):
                 generator.manual_seed(seed)
             network.eval()
