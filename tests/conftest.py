@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
+import sklearn.model_selection  # noqa: F401  # exports environment variables, better here than in some test
 import torch
 from lightning.pytorch import Trainer
 

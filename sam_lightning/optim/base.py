@@ -31,6 +31,7 @@ class _Transient:
     has_ascended: bool = False  # since the last step
     has_warned: bool = False
     saved: list[Tensor] = field(default_factory=list)
+    like: list[tuple[torch.Size, torch.dtype, torch.device]] = field(default_factory=list)  # of what was saved
 
 
 class SharpnessAware(Optimizer, ABC):
@@ -106,25 +107,28 @@ class SharpnessAware(Optimizer, ABC):
         self._refuse_if_perturbed("perturbed()")
         groups = self._perturbed_groups()
         weights = [weight for _, group in groups for weight in group]
-        saved = self._save(weights)
+        # In place: a sharded weight that is given other storage is not the one that its module gathers.
+        # Part by part: torch has no rule for copying lists of sharded tensors.
+        parts = local_parts(weights)
+        saved = self._save(parts)
         try:
             self._now.is_perturbed = True
             self._ascend(groups, weights)
             yield
         finally:
-            _copy(saved, weights)
+            _copy(saved, parts)
             self._now.is_perturbed = False
         self._now.has_ascended = True
 
-    def _save(self, weights: list[Tensor]) -> list[Tensor]:
+    def _save(self, parts: list[Tensor]) -> list[Tensor]:
         """Copies of the weights, since w + e - e is not w in floating point.
 
         Their memory is kept between steps: fresh memory costs more than the copying.
         """
-        like = [(w.shape, w.dtype, w.device) for w in weights]
-        if [(s.shape, s.dtype, s.device) for s in self._now.saved] != like:
-            self._now.saved = [torch.empty_like(weight) for weight in weights]
-        _copy(weights, self._now.saved)
+        like = [(part.shape, part.dtype, part.device) for part in parts]
+        if self._now.like != like:
+            self._now.saved, self._now.like = [torch.empty_like(part) for part in parts], like
+        _copy(parts, self._now.saved)
         return self._now.saved
 
     @torch.no_grad()
@@ -234,6 +238,4 @@ def check_radius(name: str, value: float) -> float:
 @torch.no_grad()
 def _copy(sources: list[Tensor], targets: list[Tensor]) -> None:
     if targets:
-        # In place: a sharded weight that is given other storage is not the one that its module gathers.
-        # Part by part: torch has no rule for copying lists of sharded tensors.
-        torch._foreach_copy_(local_parts(targets), local_parts(sources))
+        torch._foreach_copy_(targets, sources)

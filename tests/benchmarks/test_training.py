@@ -1,0 +1,121 @@
+"""(c) Training by the command line against a bare loop; (e) study A's SAM arm against the paper's own way."""
+
+import os
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from alternating import DEVICE, clock
+from lightning.pytorch import Callback
+from published import PaperRun
+from torch.nn.functional import cross_entropy
+
+from sam_lightning import SAM, cli
+from sam_lightning.data import CIFAR10
+from sam_lightning.networks import resnet18
+
+pytestmark = [pytest.mark.benchmarks, pytest.mark.timeout(1800)]
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+BATCHES, EPOCHS = 30, 5  # of each side; the first epoch is a warm-up
+CIFAR = pytest.mark.skipif("SAM_LIGHTNING_DATA" not in os.environ, reason="SAM_LIGHTNING_DATA names no CIFAR-10")
+
+
+class InTurn(Callback):
+    """Runs another epoch before each epoch of training, and takes the time of both."""
+
+    def __init__(self, other) -> None:
+        self.other = other
+        self.ours: list[float] = []
+        self.others: list[float] = []
+
+    def on_train_epoch_start(self, trainer, pl_module):
+        if trainer.current_epoch:
+            self.ours.append(clock() - self.begin)
+        prepared = self.other.prepare()
+        begin = clock()
+        self.other.run(prepared)
+        self.others.append(clock() - begin)
+        self.begin = clock()
+
+
+def fit_in_turn(other, folder, *words):
+    """Epochs of study A's SAM arm by the command line, checkpoints and logs included, in turn with another's."""
+    turns = InTurn(other)
+    cli.main(
+        [
+            *("fit", "-c", str(CONFIGS / "base.yaml"), "-c", str(CONFIGS / "paper/ab.yaml")),
+            *("--model.optimizer", str(CONFIGS / "optimizers/paper-sam.yaml"), "--trainer.limit_val_batches", "0"),
+            *("--trainer.callbacks.monitor", "train/loss_epoch", "--trainer.callbacks.mode", "min"),
+            *("--trainer.limit_train_batches", str(BATCHES), "--trainer.max_epochs", str(EPOCHS + 1)),
+            *("--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false"),
+            *("--trainer.default_root_dir", str(folder), *words),
+        ],
+        callbacks=[turns],
+    )
+    return turns.ours[1:], turns.others[1:-1]
+
+
+def recorded(compare, ours, others, name, other, bound):
+    ours, others = iter(ours), iter(others)
+    compare(
+        EPOCHS - 1, {name: partial(next, ours), other: partial(next, others)}, warmup=0, bound=bound, batches=BATCHES
+    )
+
+
+class BareLoop:
+    """The same network, data and optimizer, without Lightning."""
+
+    def __init__(self):
+        self.data = CIFAR10(
+            batch_size=128, validation="none", normalisation="half", random_crop=False, horizontal_flip=False
+        )
+        self.data.setup("fit")
+        self.network = resnet18().to(DEVICE)
+        self.optimizer = SAM(self.network.named_parameters(), partial(torch.optim.SGD, lr=0.01), rho=0.05)
+
+    def prepare(self):
+        positions = torch.randperm(50_000)[: BATCHES * 128].tolist()
+        train = self.data._train
+        return [train.__getitems__(positions[i : i + 128]) for i in range(0, len(positions), 128)]
+
+    def run(self, batches):
+        self.network.train()
+        for images, labels, _ in batches:
+            images, labels = self.data.normalise(images.to(DEVICE)), labels.to(DEVICE)
+            self.optimizer.zero_grad()
+            cross_entropy(self.network(images), labels).backward()
+            with self.optimizer.perturbed():
+                self.optimizer.zero_grad()
+                cross_entropy(self.network(images), labels).backward()
+            self.optimizer.step()
+
+
+class Paper:
+    def __init__(self):
+        self.training = PaperRun(os.environ["SAM_LIGHTNING_DATA"], 128, rho=0.05, lr=0.01, device=DEVICE)
+
+    def prepare(self):
+        return self.training.batches()
+
+    def run(self, batches):
+        self.training.train(batches, BATCHES)
+
+
+@CIFAR
+def test_c_an_epoch_of_fit(compare, tmp_path):
+    recorded(compare, *fit_in_turn(BareLoop(), tmp_path), "fit", "bare loop", 1.02)
+
+
+@CIFAR
+@pytest.mark.parametrize(
+    ("name", "words", "bound"),
+    [
+        ("float32, as the study runs", [], 0.90),
+        ("float32, channels last", ["--model.channels_last", "true"], 0.90),
+        ("bfloat16, channels last", ["--model.channels_last", "true", "--trainer.precision", "bf16-mixed"], 0.70),
+    ],
+)
+def test_e_study_a(compare, tmp_path, name, words, bound):
+    recorded(compare, *fit_in_turn(Paper(), tmp_path, *words), name, "the paper's way", bound)
