@@ -1,5 +1,6 @@
 """The configuration files: complete blocks, the paper's values, and every arm trains."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ import yaml
 from torch import nn
 
 from sam_lightning.cli import main
+from sam_lightning.studies.execute import execute
 from sam_lightning.studies.runs import runs_of
 from sam_lightning.studies.spec import load
 
@@ -86,6 +88,44 @@ def test_the_papers_arms_train_with_its_values(study, label, fake_cifar10):
     assert cli.trainer.global_step == 1
 
 
+CORRECTED = load(str(ROOT / "configs/studies/corrected.yaml"))
+
+
+@pytest.mark.parametrize("run", runs_of(CORRECTED)[: len(CORRECTED.arms)], ids=lambda run: run.cell.arm)
+def test_the_corrected_arms_train_by_todays_protocol(run, fake_cifar10):
+    cli = main([*run.words, "--data.root", str(fake_cifar10), "--data.batch_size", "8", *QUICK])
+    trained = cli.trainer.optimizers[0]
+    base = getattr(trained, "base", trained)
+    data, module = cli.datamodule, cli.model
+    assert (data.validation, data.normalisation) == ("split", "standard")
+    assert data.random_crop
+    assert data.horizontal_flip
+    assert module.network.fc.out_features == 10
+    assert module.network.conv1.stride == (1, 1)
+    assert isinstance(module.network.maxpool, nn.Identity)
+    assert module.batch_norm_stats == "first"
+    assert {key: base.defaults[key] for key in SGD} == {"lr": 0.1, "weight_decay": 5e-4, "momentum": 0.9}
+    assert trained.param_groups[0].get("rho") == {"SGD": None, "SAM": 0.05, "ASAM": 0.5}[run.cell.arm.split(",")[0]]
+    (schedule,) = cli.trainer.lr_scheduler_configs
+    epochs = 100 if "half" in run.cell.arm else 200
+    assert schedule.scheduler.T_max == cli.config.fit.trainer.max_epochs == epochs
+
+
+def test_the_corrected_study_chooses_on_the_split_and_tests_once(fake_cifar10, tmp_path):
+    """An epoch of its first arm; which epoch is best, and that the test set was not what chose it, is in the result."""
+    settings = {"trainer.limit_train_batches": "2", "data.root": str(fake_cifar10), "data.batch_size": "8"}
+    settings |= {"trainer.accelerator": "cpu", "trainer.max_steps": "2", "data.validation_fraction": "0.2"}
+    study = load(str(ROOT / "configs/studies/corrected.yaml"), settings)
+    run = runs_of(study)[0]
+    assert run.cell.arm == "SGD"
+    execute(run.words, tmp_path)
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["selected_on"] == "validation"
+    assert result["best"]["epoch"] == result["last"]["epoch"] == 1
+    assert result["best"]["test/accuracy"] is not None
+    assert all("test/accuracy" not in epoch for epoch in result["epochs"])
+
+
 @pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=lambda path: path.stem)
 @pytest.mark.parametrize("data", ["digits", "cifar10"])
 def test_every_optimizer_trains_as_its_file_says(optimizer, data, fake_cifar10):
@@ -115,6 +155,10 @@ def test_every_arm_on_digits_trains(name):
 
 def test_base_has_no_optimizer():
     """A second optimizer file would keep what it does not mention of the first."""
-    layers = [ROOT / "configs/base.yaml", *(ROOT / "configs/data").glob("*.yaml"), *(ROOT / "configs/paper").glob("*")]
+    layers = [
+        *(ROOT / "configs").glob("*.yaml"),
+        *(ROOT / "configs/data").glob("*.yaml"),
+        *(ROOT / "configs/paper").glob("*"),
+    ]
     for path in layers:
         assert "optimizer" not in yaml.safe_load(path.read_text()).get("model", {}).get("init_args", {}), path

@@ -41,6 +41,7 @@ def written(folder, name="small", **changes):
         ("c", 8, {1, 2, 3}),
         ("quickstart", 9, {1, 2, 3}),
         ("rho", 42, None),
+        ("corrected", 15, {1, 2, 3}),
     ],
 )
 def test_the_studies_name_their_runs(name, count, seeds):

@@ -1,0 +1,178 @@
+"""Writes the README's tables of results and of cost from the files in `results/`, then runs the notebooks.
+
+python notebooks/regenerate.py            (--check: changes nothing, fails where the README is not what it would write)
+"""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+
+from sam_lightning.studies.report import differences, outcomes, published, summary
+from sam_lightning.studies.results import read
+from sam_lightning.studies.spec import load
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+README = ROOT / "README.md"
+# Folder in results/, study, epochs: what the README shows.
+SHOWN = [("a", "a", 2), ("c", "c", 1)]
+
+
+def results_section() -> str:
+    """A row per arm, the sign and size of SAM - SGD, and the conditions of all runs."""
+    rows, margins, runs = [], [], []
+    for folder, name, epochs in SHOWN:
+        study = load(str(ROOT / f"configs/studies/{name}.yaml"), {"trainer.max_epochs": str(epochs)})
+        results = read(HERE / "results" / folder)
+        runs.append(results.runs)
+        full, cut = (outcomes(results, equal_compute=equal) for equal in (False, True))
+        for _, row in summary(study, full).iterrows():
+            theirs = published(study, next(c for c in study.cells() if c.label == row.cell), int(row.epochs))
+            rows.append(
+                {
+                    "study": name.upper(),
+                    "arm": row.cell,
+                    "epochs": int(row.epochs),
+                    "n": int(row.n),
+                    "test accuracy (%)": spread(row["last"], row.last_sd, 2),
+                    "authors'": f"{theirs['last']:.2f}" if theirs else "",
+                    "training loss": spread(row.train_loss, row.train_loss_sd, 3),
+                    "authors' ": f"{theirs['train_loss']:.3f}" if theirs else "",
+                }
+            )
+        for outcome, of in ((full, "equal epochs"), (cut, "equal compute")):
+            margins += [f"- {name.upper()}, {of}: {line}" for line in margins_of(study, outcome)]
+    table = pd.DataFrame(rows).to_markdown(index=False, disable_numparse=True)
+    return "\n".join([table, "", *margins, "", conditions(pd.concat(runs))])
+
+
+def margins_of(study, outcome):
+    """Each arm's accuracy at the last epoch minus the baseline's, ours and the authors'."""
+    cells = {cell.label: cell for cell in study.cells()}
+    epochs = outcome.groupby("cell").epochs.min()
+    pairs = differences(study, outcome)
+    for _, pair in (pairs[pairs.epoch == "last"] if len(pairs) else pairs).iterrows():
+        both = [published(study, cells[label], int(epochs[label])) for label in (pair.cell, pair.baseline)]
+        theirs = f"; authors: {both[0]['last'] - both[1]['last']:+.2f}" if all(both) else ""
+        interval = f" [{pair.low:+.2f}, {pair.high:+.2f}]" if pair.n > 1 else ""
+        lengths = " and ".join(f"{epochs[label]} epochs" for label in (pair.cell, pair.baseline))
+        yield f"{pair.cell} - {pair.baseline} ({lengths}): {pair['mean']:+.2f}{interval} points, n = {pair.n}{theirs}"
+
+
+def spread(mean: float, deviation: float, digits: int) -> str:
+    return f"{mean:.{digits}f}" + (f" ± {deviation:.{digits}f}" if deviation == deviation else "")
+
+
+def conditions(runs: pd.DataFrame) -> str:
+    """Precision, hardware, versions and commit."""
+    columns = ["device", "threads", "precision", "torch", "lightning", "commit"]
+    said = []
+    for values, group in runs.groupby(columns, sort=False):
+        device, threads, precision, torch, lightning, commit = values
+        said.append(f"{len(group)} runs on one thread" if threads == 1 else f"{len(group)} runs on {threads} threads")
+        said[-1] += f" of {device}, {precision}, torch {torch}, lightning {lightning}, commit {commit}"
+    return "Last epoch, mean ± standard deviation. " + "; ".join(said) + "."
+
+
+def cost_section() -> str:
+    """What SAM costs, a table for each machine that was measured."""
+    return "\n\n".join(cost_of(json.loads(path.read_text())) for path in sorted((HERE / "results/cost").glob("*.json")))
+
+
+def cost_of(measured: dict) -> str:
+    info = {re.sub(r"^test_", "", entry["name"]): entry["extra_info"] for entry in measured["benchmarks"]}
+    rows = []
+
+    def add(what, name, other, bound=None):
+        entry = info[name]
+        low, high = entry["range"][next(iter(entry["range"]))]
+        first = entry["seconds"][next(iter(entry["seconds"]))]
+        rows.append(
+            {
+                "ours / other": what,
+                "ratio": f"{entry['ratio'][other]:.2f}",
+                "aim": f"{bound or entry['bound']}",
+                "ours": f"{shown(first)} ({shown(low)} to {shown(high)})",
+                "n": entry["n"],
+            }
+        )
+
+    for variant in ("SAM", "ASAM"):
+        add(
+            f"{variant}'s step / two gradients and a step of SGD",
+            f"a_step_against_its_floor[{variant}]",
+            "two gradients and a step",
+        )
+    for network, label in (("resnet18", "ResNet-18"), ("many_small", "1,000 weights of 32x32")):
+        for other in ("published loop", "barest loop", "pytorch_optimizer"):
+            add(f"ascent and restoration, {label} / {other}", f"b_ascent_and_restoration[{network}]", other)
+    add("an epoch of `fit` / a bare loop", "c_an_epoch_of_fit", "bare loop")
+    for augmented, label in ((False, "plain"), (True, "crops and flips")):
+        add(f"batches, {label} / torchvision, 2 workers", f"d_batches[{augmented}]", "torchvision, 2 workers")
+    for name, entry in info.items():
+        if name.startswith("e_"):
+            add(f"study A's SAM, {next(iter(entry['seconds']))} / the paper's way", name, "the paper's way")
+    seconds = info["f_startup"]["seconds"]
+    more = {
+        "import sam_lightning": "import torch",
+        "sam-lightning --help": "import lightning.pytorch.cli",
+        "sam-lightning study run --dry-run": "import torch",
+    }
+    starts = "; ".join(
+        f"`{ours}` {seconds[ours] - seconds[other]:+.2f} s beside `{other}`" for ours, other in more.items()
+    )
+    parts = "; ".join(
+        f"{variant}: "
+        + ", ".join(
+            f"{part} {shown(value)}" for part, value in info[f"h_where_the_time_goes[{variant}]"]["seconds"].items()
+        )
+        for variant in ("SAM", "ASAM")
+    )
+    one = info["c_an_epoch_of_fit"]
+    machine = measured["machine_info"]["cpu"].get("brand_raw", "CPU") if one["device"] == "cpu" else one["device"]
+    versions = ", ".join(f"{name} {version}" for name, version in one["versions"].items())
+    return "\n".join(
+        [
+            f"On {one['threads']} cores of {machine}, float32 where nothing else is said, {versions}, "
+            f"commit {measured['commit_info']['id'][:12]}; medians of n rounds in turn:",
+            "",
+            pd.DataFrame(rows).to_markdown(index=False, disable_numparse=True),
+            "",
+            f"Where a step's time goes (batch 128): {parts}. Start: {starts}. Memory: SAM's peak is SGD's and "
+            f"{info['g_memory']['copies']:.2f} copies of the weights.",
+        ]
+    )
+
+
+def shown(seconds: float) -> str:
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{1e3 * seconds:.1f} ms"
+
+
+def rewritten(readme: str) -> str:
+    """The README with each section between its two marks made anew."""
+    for name, make in (("results", results_section), ("cost", cost_section)):
+        begin, end = f"<!-- {name}: by notebooks/regenerate.py -->\n", f"<!-- end of {name} -->"
+        before, _, rest = readme.partition(begin)
+        _, found, after = rest.partition(end)
+        if not found:
+            raise SystemExit(f"{README} has no section between {begin.strip()} and {end}.")
+        readme = f"{before}{begin}{make()}\n{end}{after}"
+    return readme
+
+
+def main() -> None:
+    old = README.read_text()
+    new = rewritten(old)
+    if "--check" in sys.argv:
+        sys.exit(new != old and f"{README} is not what `python notebooks/regenerate.py` writes from the results.")
+    README.write_text(new)
+    notebooks = [str(path) for path in sorted(HERE.glob("*.ipynb"))]
+    sys.exit(subprocess.call([sys.executable, "-m", "pytest", "--nbmake", "--overwrite", *notebooks], cwd=ROOT))
+
+
+if __name__ == "__main__":
+    main()
