@@ -14,7 +14,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # Lowest first: a file imports from its own layer's package and from lower ones.
 LAYERS = [
-    {"optim", "batch_norm", "networks", "micro_batches", "lr_schedules", "files", "sharding"},
+    {"optim", "batch_norm", "networks", "micro_batches", "lr_schedules", "files", "memory", "sharding"},
     {"sharpness", "figure_files"},
     {"landscape", "landscape_figures"},
     {"run_directory", "strategies"},

@@ -91,8 +91,9 @@ def test_the_papers_arms_train_with_its_values(study, label, fake_cifar10):
 CORRECTED = load(str(ROOT / "configs/studies/corrected.yaml"))
 
 
-@pytest.mark.parametrize("run", runs_of(CORRECTED)[: len(CORRECTED.arms)], ids=lambda run: run.cell.arm)
-def test_the_corrected_arms_train_by_todays_protocol(run, fake_cifar10):
+@pytest.mark.parametrize("arm", CORRECTED.arms)
+def test_the_corrected_arms_train_by_todays_protocol(arm, fake_cifar10):
+    run = next(run for run in runs_of(CORRECTED) if run.cell.arm == arm)
     cli = main([*run.words, "--data.root", str(fake_cifar10), "--data.batch_size", "8", *QUICK])
     trained = cli.trainer.optimizers[0]
     base = getattr(trained, "base", trained)
@@ -105,9 +106,9 @@ def test_the_corrected_arms_train_by_todays_protocol(run, fake_cifar10):
     assert isinstance(module.network.maxpool, nn.Identity)
     assert module.batch_norm_stats == "first"
     assert {key: base.defaults[key] for key in SGD} == {"lr": 0.1, "weight_decay": 5e-4, "momentum": 0.9}
-    assert trained.param_groups[0].get("rho") == {"SGD": None, "SAM": 0.05, "ASAM": 0.5}[run.cell.arm.split(",")[0]]
+    assert trained.param_groups[0].get("rho") == {"SGD": None, "SAM": 0.05, "ASAM": 0.5}[arm.split(",")[0]]
     (schedule,) = cli.trainer.lr_scheduler_configs
-    epochs = 100 if "half" in run.cell.arm else 200
+    epochs = 100 if "half" in arm else 200
     assert schedule.scheduler.T_max == cli.config.fit.trainer.max_epochs == epochs
 
 

@@ -56,7 +56,7 @@ def test_the_two_lines_stand_by_themselves():
 
 
 def test_it_can_be_read_in_one_go():
-    assert len(README.splitlines()) <= 240
+    assert len(README.splitlines()) <= 255
 
 
 def test_its_tables_are_those_of_the_stored_results():

@@ -31,7 +31,7 @@ class _Transient:
     has_ascended: bool = False  # since the last step
     has_warned: bool = False
     saved: list[Tensor] = field(default_factory=list)
-    like: list[tuple[torch.Size, torch.dtype, torch.device]] = field(default_factory=list)  # of what was saved
+    like: list[tuple[Any, ...]] = field(default_factory=list)  # shape, type and device of what was saved
 
 
 class SharpnessAware(Optimizer, ABC):
@@ -121,10 +121,7 @@ class SharpnessAware(Optimizer, ABC):
         self._now.has_ascended = True
 
     def _save(self, parts: list[Tensor]) -> list[Tensor]:
-        """Copies of the weights, since w + e - e is not w in floating point.
-
-        Their memory is kept between steps: fresh memory costs more than the copying.
-        """
+        """Copies of the weights, since w + e - e is not w; fresh memory would cost more than the copying."""
         like = [(part.shape, part.dtype, part.device) for part in parts]
         if self._now.like != like:
             self._now.saved, self._now.like = [torch.empty_like(part) for part in parts], like
