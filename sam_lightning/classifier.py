@@ -83,8 +83,8 @@ class ImageClassifier(SharpnessAwareModule):
         )
         if not 0 <= label_smoothing < 1:
             raise ValueError(f"label_smoothing must be in [0, 1), got {label_smoothing!r}.")
-        self.memory_format = torch.channels_last if channels_last else torch.preserve_format
-        self.network = network.to(memory_format=self.memory_format)
+        self.channels_last = channels_last
+        self.network = network.to(memory_format=torch.channels_last) if channels_last else network
         if compile_network:
             self.network.compile()  # unlike torch.compile(network) it keeps the names in checkpoints
         self.label_smoothing = label_smoothing
@@ -94,7 +94,9 @@ class ImageClassifier(SharpnessAwareModule):
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, K) of images (B, C, H, W)."""
-        logits: Tensor = self.network(images.to(memory_format=self.memory_format))
+        if self.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        logits: Tensor = self.network(images)
         return logits
 
     def loss(self, batch: Batch) -> Tensor:

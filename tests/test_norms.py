@@ -10,12 +10,18 @@ from sam_lightning.optim import norms
 
 @pytest.mark.parametrize("on_host", [True, False])
 @pytest.mark.parametrize("bad", [None, math.inf, -math.inf, math.nan])
-def test_division_by_the_norm(monkeypatch, on_host, bad):
+@pytest.mark.parametrize("in_place", [True, False])
+def test_division_by_the_norm(monkeypatch, on_host, bad, in_place):
     monkeypatch.setattr(norms, "_is_on_host", lambda tensor: on_host)
     vectors = [torch.tensor([3.0, 0.0]), torch.tensor([[4.0]])]
     if bad is not None:
         vectors[0][1] = bad
-    unit = norms.divide_by_norm([v.clone() for v in vectors], norms.global_norm(vectors))
+    before = [v.clone() for v in vectors]
+    unit = norms.divide_by_norm(vectors, norms.global_norm(vectors), in_place=in_place)
+    if not in_place:
+        torch.testing.assert_close(vectors, before, equal_nan=True, rtol=0, atol=0)
+    elif bad is None:
+        assert all(a is b for a, b in zip(unit, vectors, strict=True))
     expected = [0.6, 0.0, 0.8] if bad is None else [0.0, 0.0, 0.0]
     assert torch.cat([u.flatten() for u in unit]).tolist() == pytest.approx(expected)
 

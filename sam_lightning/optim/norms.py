@@ -20,6 +20,7 @@ def global_norm(tensors: list[Tensor]) -> Tensor:
 def divide_by_norm(vectors: list[Tensor], norm: Tensor, in_place: bool = False) -> list[Tensor]:
     """Each vector divided by `norm` + TINY; zeros if `norm` is not finite.
 
+    With `in_place` in the memory of `vectors`, which are then of no more use, or in new memory if `norm` is not finite.
     Nothing is read back from an accelerator, which would make the host wait for it.
     """
     finite = norm.isfinite()

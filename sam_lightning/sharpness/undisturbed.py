@@ -1,7 +1,7 @@
 """A network that is measured is afterwards as it was."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Literal, TypeAlias
 
 import torch
@@ -40,7 +40,7 @@ def undisturbed(network: nn.Module, batch_norm: BatchNorm = "running", seed: int
             torch.random.fork_rng(devices),
             torch.inference_mode(False),
             torch.enable_grad(),
-            torch.compiler.set_stance("force_eager"),  # a compiled network has no second derivatives
+            _not_compiled(network),
         ):
             for generator in (torch.default_generator, *(torch.cuda.default_generators[i] for i in devices)):
                 generator.manual_seed(seed)
@@ -58,3 +58,11 @@ def undisturbed(network: nn.Module, batch_norm: BatchNorm = "running", seed: int
             module.training = training
         for module, tracks in tracking:
             module.track_running_stats = tracks
+
+
+def _not_compiled(network: nn.Module) -> AbstractContextManager[None]:
+    """A compiled network has no second derivatives: inside it runs as it is."""
+    if any(module._compiled_call_impl is not None for module in network.modules()):
+        eager: AbstractContextManager[None] = torch.compiler.set_stance("force_eager")
+        return eager
+    return nullcontext()  # what compiles takes seconds to import

@@ -7,7 +7,8 @@ from importlib.metadata import version
 import torch
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-THREADS = int(os.environ.get("BENCHMARK_THREADS", len(os.sched_getaffinity(0))))
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+THREADS = int(os.environ.get("BENCHMARK_THREADS", CORES))
 
 
 def clock() -> float:

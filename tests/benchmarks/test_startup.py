@@ -16,7 +16,6 @@ COMMANDS = {
     "sam-lightning --help": ["-m", "sam_lightning", "--help"],
     "import lightning.pytorch.cli": ["-c", "import lightning.pytorch.cli"],
     "sam-lightning study run --dry-run": ["-m", "sam_lightning", "study", "run", "a", "--dry-run"],
-    "import lightning.pytorch": ["-c", "import lightning.pytorch"],
 }
 
 
@@ -32,7 +31,9 @@ import sys, torch
 from functools import partial
 from pathlib import Path
 from sam_lightning import SAM
+from sam_lightning.memory import keep_freed_memory
 from sam_lightning.networks import resnet18
+keep_freed_memory()
 device = sys.argv[2]
 network = resnet18().to(device)
 sgd = partial(torch.optim.SGD, lr=0.01)
