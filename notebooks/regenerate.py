@@ -19,7 +19,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 README = ROOT / "README.md"
 # Folder in results/, study, epochs: what the README shows.
-SHOWN = [("a", "a", 2), ("c", "c", 1)]
+SHOWN = [("a", "a", 10), ("c", "c", 1)]
 
 
 def results_section() -> str:
@@ -146,7 +146,8 @@ def cost_of(measured: dict) -> str:
     return "\n".join(
         [
             f"On {one['threads']} cores of {machine}, float32 where nothing else is said, {versions}, commit "
-            f"{commit['id'][:12]}{' with changes' if commit['dirty'] else ''}; medians of n rounds in turn. All of them keep freed memory, as the command line does.",
+            f"{commit['id'][:12]}{' with changes' if commit['dirty'] else ''}; medians of n rounds in turn. All of them "
+            "keep freed memory, as the command line does.",
             "",
             pd.DataFrame(rows).to_markdown(index=False, disable_numparse=True),
             "",
