@@ -106,7 +106,7 @@ def test_the_corrected_arms_train_by_todays_protocol(arm, fake_cifar10):
     assert isinstance(module.network.maxpool, nn.Identity)
     assert module.batch_norm_stats == "first"
     assert {key: base.defaults[key] for key in SGD} == {"lr": 0.1, "weight_decay": 5e-4, "momentum": 0.9}
-    assert trained.param_groups[0].get("rho") == {"SGD": None, "SAM": 0.05, "ASAM": 0.5}[arm.split(",")[0]]
+    assert trained.param_groups[0].get("rho") == {"SGD": None, "SAM": 0.05, "ASAM": 0.5}[arm.split()[0]]
     (schedule,) = cli.trainer.lr_scheduler_configs
     epochs = 100 if "half" in arm else 200
     assert schedule.scheduler.T_max == cli.config.fit.trainer.max_epochs == epochs
