@@ -138,6 +138,9 @@ def cost_of(measured: dict) -> str:
         )
         for variant in ("SAM", "ASAM")
     )
+    factors = " and ".join(
+        f"{variant}'s step takes {factor(info[f'h_where_the_time_goes[{variant}]'])}" for variant in ("SAM", "ASAM")
+    )
     one, commit = info["c_an_epoch_of_fit"], measured["commit_info"]
     machine = measured["machine_info"]["cpu"].get("brand_raw", "CPU") if one["device"] == "cpu" else one["device"]
     versions = ", ".join(f"{name} {version}" for name, version in one["versions"].items())
@@ -149,10 +152,17 @@ def cost_of(measured: dict) -> str:
             "",
             pd.DataFrame(rows).to_markdown(index=False, disable_numparse=True),
             "",
-            f"Where a step's time goes (batch 128): {parts}. Start: {starts}. Memory: SAM's peak is SGD's and "
+            f"{factors} times a step of SGD. Where a step's time goes (batch 128): {parts}. Start: {starts}. "
+            "Memory: SAM's peak is SGD's and "
             f"{info['g_memory']['copies']:.2f} copies of the weights (aim: 1).",
         ]
     )
+
+
+def factor(step: dict) -> str:
+    """A step's time in steps of SGD, which are a gradient and a descent."""
+    seconds = step["seconds"]
+    return f"{sum(seconds.values()) / (seconds['first gradient'] + seconds['descent']):.2f}"
 
 
 def shown(seconds: float) -> str:
