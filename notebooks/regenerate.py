@@ -84,7 +84,13 @@ def conditions(runs: pd.DataFrame) -> str:
 
 def cost_section() -> str:
     """What SAM costs, a table for each machine that was measured."""
-    return "\n\n".join(cost_of(json.loads(path.read_text())) for path in sorted((HERE / "results/cost").glob("*.json")))
+    tables = []
+    for path in sorted((HERE / "results/cost").glob("*.json")):
+        try:
+            tables.append(cost_of(json.loads(path.read_text())))
+        except KeyError as missing:
+            raise SystemExit(f"{path} lacks {missing}: run all benchmarks, with SAM_LIGHTNING_DATA set.") from missing
+    return "\n\n".join(tables)
 
 
 def cost_of(measured: dict) -> str:
