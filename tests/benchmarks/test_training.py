@@ -76,7 +76,8 @@ class BareLoop:
         )
         self.data.setup("fit")
         self.network = resnet18().to(DEVICE)
-        self.optimizer = SAM(self.network.named_parameters(), partial(torch.optim.SGD, lr=0.01), rho=0.05)
+        sgd = partial(torch.optim.SGD, lr=0.01, weight_decay=5e-4)
+        self.optimizer = SAM(self.network.named_parameters(), sgd, rho=0.05)
 
     def prepare(self):
         return self.data.train_dataloader()
