@@ -31,7 +31,6 @@ class _Transient:
     has_ascended: bool = False  # since the last step
     has_warned: bool = False
     saved: list[Tensor] = field(default_factory=list)
-    like: list[tuple[Any, ...]] = field(default_factory=list)  # shape, type and device of what was saved
 
 
 class SharpnessAware(Optimizer, ABC):
@@ -123,8 +122,8 @@ class SharpnessAware(Optimizer, ABC):
     def _save(self, parts: list[Tensor]) -> list[Tensor]:
         """Copies of the weights, since w + e - e is not w; fresh memory would cost more than the copying."""
         like = [(part.shape, part.dtype, part.device) for part in parts]
-        if self._now.like != like:
-            self._now.saved, self._now.like = [torch.empty_like(part) for part in parts], like
+        if [(s.shape, s.dtype, s.device) for s in self._now.saved] != like:
+            self._now.saved = [torch.empty_like(part) for part in parts]
         _copy(parts, self._now.saved)
         return self._now.saved
 

@@ -28,7 +28,7 @@ def divide_by_norm(vectors: list[Tensor], norm: Tensor, in_place: bool = False) 
     if _is_on_host(norm):
         if not finite:
             return [torch.zeros_like(vector) for vector in vectors]
-        factor = float(factor)  # a number takes two thirds of the time of a 0-dimensional tensor
+        factor = float(factor)  # for large tensors faster than a 0-dimensional tensor
     if in_place:
         torch._foreach_mul_(vectors, factor)
     else:

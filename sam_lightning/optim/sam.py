@@ -38,5 +38,5 @@ class SAM(SharpnessAware):
         super().__init__(params, base, rho)
 
     def displacement(self, weights: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
-        """G / ||g||."""
+        """Gives g / ||g||."""
         return divide_by_norm(grads, global_norm(grads))

@@ -61,7 +61,9 @@ class PaperRun:
         data = torchvision.datasets.CIFAR10(root, transform=transforms.Compose([transforms.ToTensor(), half]))
         self.loader = torch.utils.data.DataLoader(data, batch_size, shuffle=True, num_workers=2)
         self.network = torchvision.models.resnet18().to(device)
-        self.optimizer = TwoStepSAM(self.network.parameters(), lambda p: torch.optim.SGD(p, lr=lr, weight_decay=5e-4), rho)
+        self.optimizer = TwoStepSAM(
+            self.network.parameters(), lambda p: torch.optim.SGD(p, lr=lr, weight_decay=5e-4), rho
+        )
         self.device = device
 
     def batches(self):
