@@ -165,7 +165,8 @@ def test_every_figure_has_axes_legend_and_data(study, results):
     for name, figure in figures.items():
         for panel in figure.axes:
             assert panel.get_xlabel(), name
-            labels = [text.get_text() for text in panel.get_legend().get_texts()]
+            (legend,) = figure.legends or [panel.get_legend()]
+            labels = [text.get_text() for text in legend.get_texts()]
             assert labels, name
             assert all(label.partition(" (")[0] in study.arms for label in labels), labels  # no directory names
         assert figure.axes[0].get_ylabel(), name
@@ -183,6 +184,15 @@ def test_curves_are_means_with_a_band_of_one_deviation(study, results):
     at_two = sorted({round(y, 9) for x, y in band if x == 2})
     center, deviation = by_epoch[:, 1].mean(), by_epoch[:, 1].std(ddof=1)
     assert at_two == pytest.approx([center - deviation, center + deviation])
+
+
+@pytest.mark.parametrize("epochs", [1, 3])
+def test_epochs_are_whole_numbers(study, results, epochs):
+    begun = replace(results, epochs=results.epochs[results.epochs.epoch <= epochs])
+    panel = draw(study, begun)["curves"].axes[0]
+    low, high = panel.get_xlim()
+    ticks = [tick for tick in panel.get_xticks() if low <= tick <= high]
+    assert ticks == list(range(1, epochs + 1))
 
 
 def test_arms_differ_in_colour_and_in_line(study, results):

@@ -66,8 +66,9 @@ def weights(study: Study, results: Results) -> Figure | None:
                 edges = [*counts.left, counts.right.iloc[-1]]
                 panel.stairs(counts["count"], edges, label=arm, color=_COLOURS[i % 6], linestyle=_LINES[i % 4], lw=1.3)
         panel.set(yscale="log", xlabel=f"Weights of {parameter.removesuffix('.weight')}")
-        panel.legend()
     panels[0].set_ylabel("Number of weights per bin")
+    # Outside: matplotlib's search for a free place does not see stairs.
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=2)
     return figure
 
 
@@ -155,7 +156,7 @@ def _curves(study: Study, epochs: pd.DataFrame, name: str, logarithmic: bool) ->
                 low = low.where(low > 0, by_epoch.min())
             panel.fill_between(mean.index, low, mean + sd, color=_COLOURS[i % 6], alpha=0.2, lw=0)
         panel.set(xlabel="Epoch", yscale="log" if logarithmic else "linear")
-        panel.xaxis.set_major_locator(MaxNLocator(integer=True))
+        panel.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         if epochs.epoch.max() < 3:
             panel.set_xlim(0.5, epochs.epoch.max() + 0.5)
         if len(points) > 1:
