@@ -16,51 +16,54 @@ from sam_lightning.studies.spec import load
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 README = ROOT / "README.md"
-# Folder in results/, study, epochs: what the README shows.
-SHOWN = [("a", "a", 10), ("c", "c", 1)]
+# What the README shows: its name there, folder in results/, study.
+SHOWN = [("A", "a", "a"), ("B", "b-64", "b"), ("C", "c", "c"), ("corrected", "corrected", "corrected")]
 
 
 def results_section() -> str:
     """A row per arm, the sign and size of each arm's gain over the baseline, and the conditions of all runs."""
     rows, margins, runs = [], [], []
-    for folder, name, epochs in SHOWN:
-        study = load(str(ROOT / f"configs/studies/{name}.yaml"), {"trainer.max_epochs": str(epochs)})
+    for name, folder, file in SHOWN:
+        study = load(str(ROOT / f"configs/studies/{file}.yaml"))
         results = read(HERE / "results" / folder)
-        runs.append(results.runs)
-        full, cut = (outcomes(results, equal_compute=equal) for equal in (False, True))
+        runs.append(results.runs.assign(study=name))
+        tested_every_epoch = set(results.runs.selected_on) == {"test"}
+        chosen = "last" if tested_every_epoch else "best"
+        full = outcomes(results, equal_compute=False)
         for _, row in summary(study, full).iterrows():
             theirs = published(study, next(c for c in study.cells() if c.label == row.cell), int(row.epochs))
             rows.append(
                 {
-                    "study": name.upper(),
+                    "study": name,
                     "arm": row.cell,
                     "epochs": int(row.epochs),
                     "n": int(row.n),
-                    "test accuracy (%)": spread(row["last"], row.last_sd, 2),
-                    "authors' accuracy": f"{theirs['last']:.2f}" if theirs else "",
+                    "test accuracy (%)": spread(row[chosen], row[f"{chosen}_sd"], 2),
+                    "authors' accuracy": f"{theirs[chosen]:.2f}" if theirs else "",
                     "training loss": spread(row.train_loss, row.train_loss_sd, 3),
                     "authors' loss": f"{theirs['train_loss']:.3f}" if theirs else "",
                 }
             )
-        margins += [f"- {name.upper()}, equal epochs: {line}" for line in margins_of(study, full)]
-        if results.runs.gradients_per_step.nunique() > 1:
-            margins += [f"- {name.upper()}, equal compute: {line}" for line in margins_of(study, cut)]
+        margins += margins_of(name, study, full, chosen)
+        if tested_every_epoch and results.runs.gradients_per_step.nunique() > 1:
+            margins += margins_of(name, study, outcomes(results, equal_compute=True), chosen)
     table = pd.DataFrame(rows).to_markdown(index=False, disable_numparse=True)
     return "\n".join([table, "", *margins, "", conditions(pd.concat(runs))])
 
 
-def margins_of(study, outcome):
-    """Each arm's accuracy at the last epoch minus the baseline's, ours and the authors'."""
+def margins_of(name, study, outcome, chosen):
+    """Each arm's accuracy at the chosen epoch minus the baseline's, ours and the authors'."""
     cells = {cell.label: cell for cell in study.cells()}
     epochs = outcome.groupby("cell").epochs.min()
     pairs = differences(study, outcome)
-    for _, pair in (pairs[pairs.epoch == "last"] if len(pairs) else pairs).iterrows():
+    for _, pair in (pairs[pairs.epoch == chosen] if len(pairs) else pairs).iterrows():
         both = [published(study, cells[label], int(epochs[label])) for label in (pair.cell, pair.baseline)]
-        theirs = f"; authors: {both[0]['last'] - both[1]['last']:+.2f}" if all(both) else ""
+        theirs = f"; authors: {both[0][chosen] - both[1][chosen]:+.2f}" if all(both) else ""
         interval = f" [{pair.low:+.2f}, {pair.high:+.2f}]" if pair.n > 1 else ""
-        lengths = " and ".join(str(epochs[label]) for label in (pair.cell, pair.baseline))
+        ours, base = (epochs[label] for label in (pair.cell, pair.baseline))
+        how = f"equal epochs ({ours})" if ours == base else f"equal compute ({ours} and {base} epochs)"
         gain = f"{pair['mean']:+.2f}{interval} points, n = {pair.n}{theirs}"
-        yield f"{pair.cell} - {pair.baseline} (after {lengths} epochs): {gain}"
+        yield f"- {name}, {how}: {pair.cell} - {pair.baseline}: {gain}"
 
 
 def spread(mean: float, deviation: float, digits: int) -> str:
@@ -73,12 +76,13 @@ def conditions(runs: pd.DataFrame) -> str:
     said = []
     for values, group in runs.groupby(columns, sort=False):
         device, threads, precision, torch, lightning, commit = values
-        said.append(f"{len(group)} runs on one thread" if threads == 1 else f"{len(group)} runs on {threads} threads")
-        said[-1] += f" of {device}, {precision}, torch {torch}, lightning {lightning}, commit {commit}"
+        studies = ", ".join(group.study.unique())
+        on = "one thread" if threads == 1 else f"{threads} threads"
+        versions = f"torch {torch}, lightning {lightning}, commit {commit}"
+        said.append(f"{studies}: {len(group)} runs on {on} of {device}, {precision}, {versions}")
     return (
-        "Last epoch, mean ± standard deviation over seeds, [95 % by Student's t over pairs of one seed]. "
-        + "; ".join(said)
-        + "."
+        "Accuracy at the last epoch (corrected: at the one that the validation split chose), mean ± standard deviation "
+        f"over seeds, [95 % by Student's t over pairs of one seed]. {'; '.join(said)}."
     )
 
 
