@@ -214,6 +214,10 @@ def test_a_dry_run_prints_commands_and_writes_nothing(tmp_path, capsys, monkeypa
         (["run", "PATH", "--launcher", "cloud"], "cloud"),
         (["run", "missing"], "no study missing"),
         (["report", "PATH", "--root", "empty"], "none of its 4 runs in empty is finished: study run"),
+        (
+            ["report", "PATH", "--root", "empty", "--trainer.max_epochs", "2"],
+            "small.yaml --trainer.max_epochs 2 (settings",
+        ),
         (["report", "PATH", "--results", "empty"], "no results in empty"),
         ([], "required"),
     ],

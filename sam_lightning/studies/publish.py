@@ -31,7 +31,11 @@ def publish(study: Study, root: Path, source: Path | None = None, output: Path |
     results = stored.read(source) if source else stored.collect(study, root)
     absent = missing(study, results)
     if results.runs.empty:
-        raise StudyError(f"{study.path}: none of its {len(absent)} runs in {root} is finished: study run {study.path}.")
+        settings = "".join(f" --{key} {value}" for key, value in study.overrides.items())
+        raise StudyError(
+            f"{study.path}: none of its {len(absent)} runs in {root} is finished: study run {study.path}{settings} "
+            "(settings that runs were made with belong to their report, too)."
+        )
     folder = output or directory_of(study, root)
     folder.mkdir(parents=True, exist_ok=True)
     stored.write(results, folder)
