@@ -1,7 +1,7 @@
 """Sharpness-aware minimization for PyTorch and PyTorch Lightning.
 
-Importing this package imports torch and never Lightning; the Lightning parts are
-`sam_lightning.module`, `sam_lightning.classifier`, `sam_lightning.data` and `sam_lightning.cli`.
+Importing this package imports torch and never Lightning; what needs Lightning lies in the rooms beside `optim` and
+`sharpness`, `sam_lightning.training` first of all.
 """
 
 from sam_lightning.optim import ASAM, SAM, SharpnessAware

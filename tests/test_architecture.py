@@ -12,23 +12,9 @@ import sam_lightning
 PACKAGE = Path(sam_lightning.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 
-# Lowest first: a file imports from its own layer's package and from lower ones.
-LAYERS = [
-    {"optim", "batch_norm", "networks", "micro_batches", "lr_schedules", "files", "memory", "sharding"},
-    {"sharpness", "figure_files"},
-    {"landscape", "landscape_figures"},
-    {"run_directory", "strategies"},
-    {"loops", "checkpoint_io"},
-    {"manual", "data", "callbacks"},
-    {"module"},
-    {"classifier", "sharpness_monitor"},
-    {"measuring"},
-    {"messages"},
-    {"cli"},
-    {"studies"},
-    {"__main__"},
-]
-TORCH_ONLY = {"__init__", "optim", "batch_norm", "networks", "sharding", "sharpness", "landscape"}
+# Lowest first: a room imports from itself and from lower ones.
+ROOMS = ["optim", "runs", "sharpness", "data", "training", "models", "callbacks", "cli", "studies"]
+TORCH_ONLY = {"__init__", "optim", "sharpness"}
 
 
 def part(path: Path) -> str:
@@ -47,19 +33,27 @@ def imports(path: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_imports_go_one_way(path):
-    level = {name: i for i, layer in enumerate(LAYERS) for name in layer}
+def test_imports_go_down(path):
     here = part(path)
+    below = ROOMS if here == "__main__" else ["optim"] if here == "__init__" else ROOMS[: ROOMS.index(here) + 1]
     for name in imports(path):
         parts = name.split(".")
-        if parts[0] == "sam_lightning" and len(parts) > 1 and parts[1] in level and here in level and parts[1] != here:
-            assert level[parts[1]] < level[here] or parts[1] == "optim", f"{path} imports {name}"
+        if parts[0] == "sam_lightning" and len(parts) > 1 and parts[1] in ROOMS:
+            assert parts[1] in below, f"{path} imports {name}"
         if here in TORCH_ONLY:
             assert parts[0] not in {"lightning", "lightning_utilities", "torchmetrics", "sklearn"}, f"{path}: {name}"
 
 
-def test_every_file_has_its_layer():
-    assert {part(path) for path in FILES} == {"__init__"} | set.union(*LAYERS)
+def test_the_root_holds_rooms_and_two_modules():
+    assert {path.name for path in PACKAGE.glob("*.py")} == {"__init__.py", "__main__.py"}
+    assert {path.parent.name for path in PACKAGE.glob("*/__init__.py")} == set(ROOMS)
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_says_what_it_is_for_and_only_hands_names_on(room):
+    tree = ast.parse((PACKAGE / room / "__init__.py").read_text())
+    assert ast.get_docstring(tree)
+    assert all(isinstance(node, ast.Expr | ast.ImportFrom | ast.Assign) for node in tree.body)
 
 
 @pytest.mark.parametrize("module", ["", ".studies.command", ".studies.spec", ".studies.report", ".studies.figures"])

@@ -20,11 +20,11 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 import sam_lightning
 from sam_lightning.callbacks import EpochHistory, WeightHistograms
+from sam_lightning.callbacks.sharpness_monitor import SharpnessMonitor
 from sam_lightning.cli import CLI, main
-from sam_lightning.files import replacing
 from sam_lightning.optim import SharpnessAware
-from sam_lightning.run_directory import CHECKPOINTS, read_checkpoint
-from sam_lightning.sharpness_monitor import SharpnessMonitor
+from sam_lightning.runs.directory import CHECKPOINTS, read_checkpoint
+from sam_lightning.runs.files import replacing
 from sam_lightning.studies.runs import RESULT, WEIGHTS
 
 C = TypeVar("C", bound=Callback)

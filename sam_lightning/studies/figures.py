@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, NullLocator
 
-from sam_lightning.figure_files import STYLE
+from sam_lightning.runs.figure_files import STYLE
 from sam_lightning.studies.results import Results
 from sam_lightning.studies.sharpness import correlations
 from sam_lightning.studies.spec import Cell, Study, short

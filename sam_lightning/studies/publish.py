@@ -6,8 +6,8 @@ import pandas as pd
 from matplotlib.figure import Figure
 from torch.utils.tensorboard import SummaryWriter
 
-from sam_lightning.figure_files import save
-from sam_lightning.files import replacing
+from sam_lightning.runs.figure_files import save
+from sam_lightning.runs.files import replacing
 from sam_lightning.studies import results as stored
 from sam_lightning.studies.figures import draw
 from sam_lightning.studies.report import missing, tables

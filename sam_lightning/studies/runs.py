@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sam_lightning.run_directory import FREE_OF_CONSEQUENCE
+from sam_lightning.runs.directory import FREE_OF_CONSEQUENCE
 from sam_lightning.studies.spec import Cell, Study, StudyError, read_yaml, short, word_of
 
 # What the directory of a finished run holds besides what `fit` writes.

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from sam_lightning.files import replacing
+from sam_lightning.runs.files import replacing
 from sam_lightning.studies.execute import execute, printing_into
 from sam_lightning.studies.runs import LOG, Run, directory_of
 from sam_lightning.studies.spec import Study, StudyError, read_yaml

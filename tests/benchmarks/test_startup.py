@@ -31,8 +31,8 @@ import sys, torch
 from functools import partial
 from pathlib import Path
 from sam_lightning import SAM
-from sam_lightning.memory import keep_freed_memory
-from sam_lightning.networks import resnet18
+from sam_lightning.cli.memory import keep_freed_memory
+from sam_lightning.models import resnet18
 keep_freed_memory()
 device = sys.argv[2]
 network = resnet18().to(device)

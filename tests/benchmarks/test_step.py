@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from sam_lightning import ASAM, SAM
-from sam_lightning.networks import resnet18
+from sam_lightning.models import resnet18
 
 pytestmark = [pytest.mark.benchmarks, pytest.mark.timeout(1800)]
 

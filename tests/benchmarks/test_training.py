@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 
 from sam_lightning import SAM, cli
 from sam_lightning.data import CIFAR10
-from sam_lightning.networks import resnet18
+from sam_lightning.models import resnet18
 
 pytestmark = [pytest.mark.benchmarks, pytest.mark.timeout(1800)]
 

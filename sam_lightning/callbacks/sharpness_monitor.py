@@ -1,0 +1,185 @@
+"""Sharpness watched during training."""
+
+import math
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+
+from sam_lightning.optim import SharpnessAware, global_norm
+from sam_lightning.sharpness import Settings, Sharpness, measure
+from sam_lightning.sharpness.batches import samples_in, share_of
+from sam_lightning.training.module import SharpnessAwareModule
+
+_ALARMS = 3  # logged steps in a row
+
+
+@runtime_checkable
+class HasTrainingSample(Protocol):
+    """A data module that gives fixed training samples, as `sam_lightning.data.ImageData` does."""
+
+    def training_sample(self, samples: int, seed: int) -> list[Any]:
+        """Batches of so many training samples, chosen by `seed` alone, without augmentation."""
+        ...
+
+
+class SharpnessMonitor(Callback):
+    r"""Logs how sharp the loss is: what SAM's two passes show by the way, and measures after epochs.
+
+    Every `trainer.log_every_n_steps` steps of a sharpness-aware optimizer, without a gradient of its own:
+
+    - `train/sharpness`, L(w + e) - L(w) on the batch: the one-step sharpness that is being minimised;
+    - `train/perturbation_norm`, ||e||;
+    - `train/grad_cosine`, the cosine between the gradients at w and at w + e. Near 1 SAM does what its base
+      optimizer would do;
+    - ||g|| is logged by the module, as `train/grad_norm`.
+
+    They are the first process's. After every `every_n_epochs`-th epoch, `sharpness/...` are the measures of
+    `sam_lightning.sharpness.measure` for `module.loss`, on the same training samples each time, without augmentation.
+
+    It warns, with these numbers, when rho is too large: when in later epochs the loss at w + e is above the loss
+    that training began with, in three logged steps in a row. There the second gradient is one of a network that
+    knows less than an untrained one.
+
+    Args:
+        every_n_epochs: Epochs from one measurement to the next; 0: none.
+        samples: Training samples that are measured on, of all processes together.
+        settings: What is measured; the seed in it chooses the samples, too. By default `Settings()`.
+
+    Attributes:
+        history: For each measurement its `epoch`, from 1, and the measures by name. Kept in checkpoints.
+
+    Cost of a measurement: about 300 gradients over the samples with the default settings.
+    """
+
+    def __init__(self, every_n_epochs: int = 5, samples: int = 512, settings: Settings | None = None) -> None:
+        for name, value, least in (("every_n_epochs", every_n_epochs, 0), ("samples", samples, 1)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(f"{name} must be an integer >= {least}, got {value!r}.")
+        self.every_n_epochs = every_n_epochs
+        self.samples = samples
+        self.settings = settings or Settings()
+        self.history: list[dict[str, float]] = []
+        self._first_loss: float | None = None
+        self._alarms = 0
+        self._weights: list[Tensor] | None = None
+        self._gradient: list[Tensor] = []
+        self._signals: dict[str, Tensor] = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """The measurements so far, and the loss that training began with."""
+        return {"history": self.history, "first_loss": self._first_loss}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Goes on behind the checkpoint's."""
+        self.history = list(state_dict["history"])
+        self._first_loss = state_dict["first_loss"]
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuses what it cannot watch before anything trains."""
+        if not isinstance(pl_module, SharpnessAwareModule):
+            raise TypeError(
+                f"SharpnessMonitor needs the loss(batch) of a SharpnessAwareModule, got {type(pl_module).__name__}."
+            )
+        if self.every_n_epochs and not isinstance(_data(trainer), HasTrainingSample):
+            raise TypeError(
+                "SharpnessMonitor needs a data module with training_sample(samples, seed) -> list of batches, got "
+                f"{type(_data(trainer)).__name__}. Add that method, or set every_n_epochs=0."
+            )
+
+    # What the two passes show.
+
+    @torch.no_grad()
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Keeps w and its gradient; at w + e, compares. Each backward of a micro-batch adds to the gradients."""
+        assert isinstance(pl_module, SharpnessAwareModule)
+        optimizer = trainer.optimizers[0]
+        if not isinstance(optimizer, SharpnessAware) or not _logs(trainer, trainer.global_step + 1):
+            return
+        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        gradient = [p.grad for p in parameters if p.grad is not None]
+        if not pl_module.is_second_pass:
+            self._weights = [p.clone() for p in parameters]
+            self._gradient = [g.clone() for g in gradient]  # copies: gradients may be views of shared memory
+        elif self._weights is not None and len(self._weights) == len(parameters):
+            products = torch._foreach_mul(self._gradient, gradient)
+            product = torch.stack([p.sum(dtype=torch.float32) for p in products]).sum()
+            norms = global_norm(self._gradient) * global_norm(gradient)
+            self._signals = {
+                "train/perturbation_norm": global_norm(list(torch._foreach_sub(parameters, self._weights))),
+                "train/grad_cosine": product / norms,
+            }
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Logs what was seen in this step."""
+        if self._first_loss is None and "loss_perturbed" in outputs:
+            self._first_loss = float(outputs["loss"])
+        if self._signals:
+            before, perturbed = outputs["loss"], outputs["loss_perturbed"]
+            pl_module.log_dict({"train/sharpness": perturbed - before, **self._signals})
+            self._warn_if_too_far(trainer, float(before), float(perturbed))
+        self._weights, self._gradient, self._signals = None, [], {}
+
+    def _warn_if_too_far(self, trainer: Trainer, before: float, perturbed: float) -> None:
+        """Evidence over several steps, since a batch may be odd; not in the first epoch, in which it is normal."""
+        assert self._first_loss is not None
+        exploded = math.isfinite(before) and not perturbed <= self._first_loss
+        self._alarms = self._alarms + 1 if exploded and trainer.current_epoch > 0 else 0
+        if self._alarms == _ALARMS:
+            radii = sorted({group["rho"] for group in trainer.optimizers[0].param_groups})
+            numbers = {name: float(value) for name, value in self._signals.items()}
+            warnings.warn(
+                f"rho = {', '.join(f'{rho:g}' for rho in radii)} looks too large for this network: at step "
+                f"{trainer.global_step} the loss rises from {before:.4g} at w to {perturbed:.4g} at w + e, above the "
+                f"{self._first_loss:.4g} that training began with, for the {_ALARMS}rd logged step in a row. ||e|| = "
+                f"{numbers['train/perturbation_norm']:.3g}, cosine between the two gradients "
+                f"{numbers['train/grad_cosine']:.3g}. Try half of rho.",
+                stacklevel=2,
+            )
+
+    # What is measured.
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measures after every `every_n_epochs`-th epoch."""
+        epoch = trainer.current_epoch + 1
+        if not self.every_n_epochs or epoch % self.every_n_epochs:
+            return
+        assert isinstance(pl_module, SharpnessAwareModule)
+        sample = _data(trainer).training_sample(self.samples, self.settings.seed)
+        shares = [share_of(batch, trainer.global_rank, trainer.world_size) for batch in sample]
+        batches = [trainer.precision_plugin.convert_input(share) for share in shares if samples_in(share)]
+        found = measure_module(pl_module, batches, self.settings)
+        values = {name: value for name, (value, _) in found.rows().items()}
+        self.history.append({"epoch": epoch, **values})
+        pl_module.log_dict({f"sharpness/{name}": value for name, value in values.items()})
+
+
+@contextmanager
+def measuring(module: SharpnessAwareModule) -> Iterator[None]:
+    """`module.loss` logs nothing inside, as in the second pass of a training step."""
+    is_second_pass, module.is_second_pass = module.is_second_pass, True
+    try:
+        yield
+    finally:
+        module.is_second_pass = is_second_pass
+
+
+def measure_module(module: SharpnessAwareModule, batches: list[Any], settings: Settings) -> Sharpness:
+    """Measures `module.loss`."""
+    with measuring(module):
+        return measure(module, module.loss, batches, settings)
+
+
+def _data(trainer: Trainer) -> Any:
+    return getattr(trainer, "datamodule", None)
+
+
+def _logs(trainer: Trainer, step: int) -> bool:
+    every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by a part of the trainer
+    return every > 0 and step % every == 0

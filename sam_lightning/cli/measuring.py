@@ -1,0 +1,196 @@
+"""What a finished run is measured by: the trainer's commands `sharpness` and `landscape`."""
+
+import json
+import math
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from matplotlib.figure import Figure
+
+from sam_lightning.callbacks.sharpness_monitor import HasTrainingSample, measure_module, measuring
+from sam_lightning.cli.landscape_figures import contour, line
+from sam_lightning.runs.directory import find_checkpoint, read_checkpoint
+from sam_lightning.runs.figure_files import save
+from sam_lightning.runs.files import replacing
+from sam_lightning.sharpness import Settings
+from sam_lightning.sharpness.batches import samples_in
+from sam_lightning.sharpness.landscape import direction_to, random_direction, scan
+from sam_lightning.training.module import SharpnessAwareModule
+
+SHARPNESS = "sharpness.json"
+_DEFAULT = Settings()
+
+
+class MeasureError(ValueError):
+    """What cannot be measured."""
+
+
+class MeasuringTrainer(Trainer):
+    """A Lightning trainer that can measure, too."""
+
+    def sharpness(
+        self,
+        model: LightningModule,
+        datamodule: LightningDataModule | None = None,
+        ckpt_path: str | None = "last",
+        samples: int = 1000,
+        settings: Settings = _DEFAULT,
+        weights_only: bool | None = None,
+    ) -> dict[str, Any]:
+        """Measures how sharp the training loss is at a run's weights, in one process, and keeps it with the run.
+
+        Written to `sharpness.json` in the run's directory: the measures with their standard errors, what they were
+        measured on and how. No augmentation; the loss is the module's own, in single precision.
+
+        Args:
+            model: The module, whose `loss` is measured.
+            datamodule: Gives the training samples.
+            ckpt_path: The weights: last, best, a run directory, or a checkpoint file.
+            samples: Training samples that are measured on, chosen by the seed of the settings; all if there are fewer.
+            settings: What is measured.
+            weights_only: Ignored, since a run's configuration brings it: nothing in a checkpoint is ever executed.
+
+        Returns:
+            What was written.
+
+        Raises:
+            MeasureError: If module or data cannot be measured, or `samples` is less than 1.
+        """
+        batches = self._ready(model, datamodule, ckpt_path, samples, settings.seed)
+        assert isinstance(model, SharpnessAwareModule)
+        found = measure_module(model, batches, settings)
+        device = self.strategy.root_device
+        content = {
+            "checkpoint": str(ckpt_path),
+            "samples": sum(map(samples_in, batches)),
+            "settings": asdict(settings),
+            "measures": {name: {"value": v, "standard_error": error} for name, (v, error) in found.rows().items()},
+            "conditions": {
+                "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+                "versions": {name: version(name) for name in ("sam-lightning", "torch", "curvlinops-for-pytorch")},
+            },
+        }
+        with replacing(Path(self.default_root_dir) / SHARPNESS) as draft:
+            draft.write_text(json.dumps(content, indent=1))
+        for name, (value, error) in found.rows().items():
+            spread = "" if error is None else f" ± {error:.2g} (standard error)"
+            print(f"{name.replace('_', ' '):<28}{value:.4g}{spread}")
+        for name in ("samples", "checkpoint"):
+            print(f"{name:<28}{content[name]}")
+        print(f"{'stored':<28}{Path(self.default_root_dir) / SHARPNESS}")
+        return content
+
+    def landscape(
+        self,
+        model: LightningModule,
+        datamodule: LightningDataModule | None = None,
+        ckpt_path: str | None = "last",
+        other: str | None = None,
+        points: int = 25,
+        reach: float = 1.0,
+        samples: int = 1000,
+        seed: int = 0,
+        weights_only: bool | None = None,
+    ) -> list[Path]:
+        """Draws the training loss around a run's weights, and between them and another run's.
+
+        Along a random filter-normalised direction and over the plane of two, evaluation mode; between two solutions,
+        normalised by the statistics of each batch. PNG, PDF and the numbers go into the run's directory. A grid that
+        was stopped goes on where it was.
+
+        Args:
+            model: The module, whose `loss` is drawn.
+            datamodule: Gives the training samples.
+            ckpt_path: The weights in the middle: last, best, a run directory, or a checkpoint file.
+            other: Run directory or checkpoint file of another solution; without it there is no line between two.
+            points: Points along each direction, at least 2.
+            reach: Largest step along a random direction; 1 moves every filter by its own length.
+            samples: Training samples, chosen by the seed; all if there are fewer.
+            seed: Seed of directions and samples.
+            weights_only: Ignored, since a run's configuration brings it: nothing in a checkpoint is ever executed.
+
+        Returns:
+            The figures, without their endings.
+
+        Raises:
+            MeasureError: If module or data cannot be measured, or a value is outside what is allowed.
+        """
+        if points < 2:
+            raise MeasureError(f"--points must be an integer >= 2, got {points}.")
+        if not 0 < reach < math.inf:
+            raise MeasureError(f"--reach must be a finite number > 0, got {reach}.")
+        batches = self._ready(model, datamodule, ckpt_path, samples, seed)
+        assert isinstance(model, SharpnessAwareModule)
+        run, count = Path(self.default_root_dir), sum(map(samples_in, batches))
+        first, second = (random_direction(model, seed + i) for i in (0, 1))
+        steps = np.linspace(-reach, reach, points).tolist()
+        about: dict[str, Any] = {"checkpoint": str(ckpt_path), "samples": count, "seed": seed}
+        where = f"seed {seed}, filter-normalised, running statistics, {count} training samples"
+        drawn = []
+
+        def draw(name: str, figure: Figure) -> None:
+            save(figure, run / name)
+            drawn.append(run / name)
+            print(f"{'figure':<15}{run / name}.png")
+
+        try:
+            with measuring(model):
+                along = scan(model, model.loss, batches, [first], [steps], run / "landscape-line.npz", about)
+                draw(
+                    "landscape-line", line(steps, along, "Step along a random direction", f"Random direction, {where}.")
+                )
+                plane = scan(
+                    model, model.loss, batches, [first, second], [steps, steps], run / "landscape-plane.npz", about
+                )
+                draw("landscape-plane", contour([steps, steps], plane, f"Two random directions, {where}."))
+                if other is not None:
+                    path = find_checkpoint(run, other)
+                    there = direction_to(model, read_checkpoint(path)["state_dict"])
+                    across = np.linspace(-0.25, 1.25, points).tolist()
+                    between = scan(
+                        model,
+                        model.loss,
+                        batches,
+                        [there],
+                        [across],
+                        run / "landscape-between.npz",
+                        {**about, "other": str(path)},
+                        batch_norm="batch",
+                    )
+                    ends = [run.name, path.parent.parent.name]
+                    caption = f"Straight line, not normalised, statistics of each batch, {count} training samples."
+                    draw(
+                        "landscape-between", line(across, between, f"From {ends[0]} to {ends[1]}", caption, ("0", "1"))
+                    )
+        except ValueError as error:
+            raise MeasureError(str(error)) from error
+        return drawn
+
+    def _ready(
+        self,
+        model: LightningModule,
+        datamodule: LightningDataModule | None,
+        ckpt_path: str | None,
+        samples: int,
+        seed: int,
+    ) -> list[Any]:
+        """Loads the weights, and gives the batches."""
+        if not isinstance(model, SharpnessAwareModule):
+            raise MeasureError(f"the model must be a SharpnessAwareModule with a loss, got {type(model).__name__}.")
+        if not isinstance(datamodule, HasTrainingSample) or datamodule is None:
+            raise MeasureError(
+                "the data must have training_sample(samples, seed) -> list of batches, got "
+                f"{type(datamodule).__name__}."
+            )
+        if samples < 1:
+            raise MeasureError(f"--samples must be an integer >= 1, got {samples}.")
+        model.load_state_dict(read_checkpoint(Path(str(ckpt_path)))["state_dict"])
+        model.to(self.strategy.root_device)
+        datamodule.prepare_data()
+        datamodule.setup("fit")
+        return datamodule.training_sample(samples, seed)

@@ -1,0 +1,178 @@
+"""The directory of one run: its configuration, its checkpoints, and which of them is meant."""
+
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from sam_lightning.runs.files import replacing
+
+CONFIG = "config.yaml"
+CHECKPOINTS = "checkpoints"
+SHARDED = "meta.pt"  # in a checkpoint that is a folder of shards: all but the tensors, written last
+# Where data lie and how they are read does not change what is trained.
+FREE_OF_CONSEQUENCE = {"root", "num_workers", "download", "eval_batch_size"}
+# Of the trainer's settings, those that change what is trained or which epoch is the best.
+_OF_THE_TRAINER = ("precision", "limit_train_batches", "limit_val_batches", "overfit_batches")
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that was asked for is not there, is damaged, or belongs to another configuration."""
+
+
+def find_checkpoint(run: Path, which: str) -> Path:
+    """The checkpoint file that `which` means.
+
+    Args:
+        run: Directory of the run.
+        which: `last` (the newest that is whole), `best` (by the run's monitored metric), a run directory, or a file.
+
+    Raises:
+        CheckpointError: If there is no such file; the message says where it was looked for.
+    """
+    if which not in ("last", "best"):
+        path = Path(which)
+        if path.is_dir() and not (path / SHARDED).is_file():
+            return find_checkpoint(path, "last")
+        if path.exists():
+            return path
+        raise CheckpointError(
+            f"--ckpt_path {which}: no such file. Give last, best, a run directory, or a checkpoint file."
+        )
+    folder = run / CHECKPOINTS
+    # Those called last first; a run that was killed before its first one was complete may still have others.
+    newest = sorted(folder.glob("*.ckpt"), key=lambda path: path.stat().st_mtime_ns, reverse=True)
+    found = sorted(newest, key=lambda path: not path.name.startswith("last"))
+    if not found:
+        raise CheckpointError(
+            f"--ckpt_path {which}: no checkpoint in {folder.resolve()}. Run `fit` first, or name the run by "
+            "--trainer.default_root_dir."
+        )
+    last = _first_whole(found)
+    if which == "last":
+        return last
+    for state in read_checkpoint(last).get("callbacks", {}).values():
+        best = state.get("best_model_path") if state.get("monitor") else None
+        if best:
+            path = folder / Path(best).name  # the run may have been moved since
+            if path.is_file():
+                return path
+            raise CheckpointError(f"--ckpt_path best: the run's best checkpoint {path.resolve()} is gone.")
+    raise CheckpointError(
+        f"--ckpt_path best: {last} names no best checkpoint. The run needs a ModelCheckpoint with a "
+        "monitor and a validation (--data.validation); or give --ckpt_path last."
+    )
+
+
+def _first_whole(paths: list[Path]) -> Path:
+    for path in paths[:-1]:
+        try:
+            read_checkpoint(path)
+        except CheckpointError as error:
+            print(f"sam-lightning: note: {error}. An older one is taken instead.", file=sys.stderr)
+        else:
+            return path
+    read_checkpoint(paths[-1])
+    return paths[-1]
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """A checkpoint's content, tensors mapped from disk; nothing in it is executed.
+
+    Raises:
+        CheckpointError: If the file is damaged, or holds anything but tensors and primitives.
+    """
+    try:
+        file = path / SHARDED if path.is_dir() else path
+        content: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # torch raises many kinds for a damaged file
+        raise CheckpointError(
+            f"{path} is damaged or no checkpoint: {str(error).splitlines()[0].rstrip('.')}"
+        ) from error
+    return content
+
+
+def differences(checkpoint: Mapping[str, Any], config: Mapping[str, Any], run_config: Path) -> list[str]:
+    """The settings of model, data and seed, and those of the trainer that change what is trained, that differ.
+
+    Args:
+        checkpoint: Content of the checkpoint.
+        config: The command's configuration.
+        run_config: The configuration file of the checkpoint's run, if there is one.
+    """
+    there: dict[str, Any] = {}
+    here: dict[str, Any] = {}
+    for key, saved in (("model", "hyper_parameters"), ("data", "datamodule_hyper_parameters")):
+        if checkpoint.get(saved):
+            there[key], here[key] = checkpoint[saved], hparams_of(config.get(key))
+    if run_config.is_file():
+        for tree, source in ((there, yaml.safe_load(run_config.read_text())), (here, config)):
+            tree["seed_everything"] = source.get("seed_everything")
+            trainer = source.get("trainer", {})
+            tree["trainer"] = {key: trainer.get(key) for key in _OF_THE_TRAINER}
+            tree["trainer"]["precision"] = trainer.get("precision") or "32-true"
+    a, b = dict(flatten(there)), dict(flatten(here))
+    return [
+        f"{key}: {a.get(key, 'not set')} in the checkpoint, {b.get(key, 'not set')} here"
+        for key in sorted({**a, **b})
+        if a.get(key) != b.get(key) and key.rpartition(".")[2] not in FREE_OF_CONSEQUENCE
+    ]
+
+
+def hparams_of(config: Mapping[str, Any] | None) -> dict[str, Any]:
+    """A configured class as one flat dictionary, in Lightning's own form for checkpoints."""
+    if not config:
+        return {}
+    return {"_class_path": config["class_path"], **config.get("init_args", {}), **config.get("dict_kwargs", {})}
+
+
+def write_config(run: Path, text: str) -> None:
+    """Writes the run's configuration; one that it replaces is kept under a number."""
+    path = run / CONFIG
+    if path.exists():
+        if path.read_text() == text:
+            return
+        number = next(n for n in range(1, 10**6) if not (run / f"config.{n}.yaml").exists())
+        path.rename(run / f"config.{number}.yaml")
+    with replacing(path) as draft:
+        draft.write_text(text)
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of every leaf, without Lightning's note on how to rebuild a module."""
+    for key, value in tree.items():
+        if key == "_instantiator":
+            continue
+        if isinstance(value, Mapping):
+            yield from flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def with_run_config(args: list[str]) -> list[str]:
+    """The arguments, with the run's `config.yaml` beneath them if they name a run and no configuration."""
+    given = [arg.partition("=")[0] for arg in args]
+    if "--ckpt_path" not in given or {"-c", "--config", "--model"} & set(given):
+        return args
+    at = given.index("--ckpt_path")
+    value = args[at].partition("=")[2] or "".join(args[at + 1 : at + 2])
+    if value in ("", "last", "best", "null"):
+        return args
+    path = find_checkpoint(Path(), value)
+    run = path.parent.parent
+    if not (run / CONFIG).is_file():
+        raise CheckpointError(f"--ckpt_path {value}: no {CONFIG} in {run.resolve()}. Give the configuration by -c.")
+    return [args[0], "--config", str(run / CONFIG), "--trainer.default_root_dir", str(run), *args[1:]]
+
+
+def run_name(config: Any) -> str:
+    """`<data>-<optimizer>-seed<seed>`, in lower case; the model's name where it has no optimizer."""
+    names = [
+        config.get("data.class_path"),
+        config.get("model.init_args.optimizer.class_path", config.model.class_path),
+    ]
+    words = [name.rpartition(".")[2].lower() for name in names if name]
+    return "-".join([*words, f"seed{config.seed_everything}"])

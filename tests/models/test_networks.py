@@ -1,0 +1,112 @@
+"""The networks against what they claim to be."""
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision.models import resnet18 as torchvision_resnet18
+
+from sam_lightning.models import TrimmedConv2d, cifar_resnet18, digits_cnn, resnet18
+
+
+def normalising(network):
+    kinds = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm, nn.modules.instancenorm._InstanceNorm)
+    return [layer for layer in network.modules() if isinstance(layer, kinds)]
+
+
+def test_the_studies_network_is_torchvisions():
+    torch.manual_seed(20)
+    ours = resnet18().state_dict()
+    torch.manual_seed(20)
+    theirs = torchvision_resnet18(weights=None).state_dict()
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert ours["fc.weight"].shape == (1000, 512)
+
+
+def gradients(layer, x):
+    output = layer(x)
+    (output * torch.arange(output.numel(), dtype=output.dtype).reshape(output.shape)).sum().backward()
+    return [output.detach(), x.grad, *(p.grad for p in layer.parameters())]
+
+
+@pytest.mark.parametrize("size", [(1, 1), (2, 2), (3, 2), (1, 3), (4, 4)])
+@pytest.mark.parametrize("stride", [1, 2, 3])
+@pytest.mark.parametrize("kernel", [1, 3, 5])
+def test_a_trimmed_convolution_is_the_convolution(size, stride, kernel):
+    torch.manual_seed(0)
+    options = {"kernel_size": kernel, "stride": stride, "padding": kernel // 2, "groups": 2, "dtype": torch.float64}
+    whole, trimmed = nn.Conv2d(4, 6, **options), TrimmedConv2d(4, 6, **options)
+    trimmed.load_state_dict(whole.state_dict())
+    x = torch.randn(3, 4, *size, dtype=torch.float64)
+    expected, found = (gradients(layer, x.clone().requires_grad_()) for layer in (whole, trimmed))
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("size", "options"),
+    [
+        ((2, 2), {"kernel_size": 3, "padding": 1, "stride": 2, "padding_mode": "reflect"}),
+        ((2, 2), {"kernel_size": 3, "padding": 1, "stride": 2, "padding_mode": "circular"}),
+        ((3, 3), {"kernel_size": 3, "padding": 1, "stride": 3, "dilation": 2}),
+        ((1, 1), {"kernel_size": 1, "padding": 1, "stride": 3}),
+        ((1, 1), {"kernel_size": 3, "padding": "same"}),
+    ],
+)
+def test_what_cannot_be_trimmed_is_the_convolution(size, options):
+    whole, trimmed = nn.Conv2d(4, 6, **options), TrimmedConv2d(4, 6, **options)
+    trimmed.load_state_dict(whole.state_dict())
+    x = torch.randn(3, 4, *size)
+    torch.testing.assert_close(trimmed(x), whole(x))
+
+
+def test_the_studies_network_is_torchvisions_with_less_arithmetic():
+    images = torch.randn(4, 3, 32, 32)
+    outputs, flops = [], []
+    for make in (resnet18, torchvision_resnet18):
+        torch.manual_seed(20)
+        with FlopCounterMode(display=False) as counter:
+            outputs.append(make()(images))
+        flops.append(counter.get_total_flops())
+    torch.testing.assert_close(outputs[0], outputs[1])
+    assert flops[0] < 0.87 * flops[1]  # three of 20 convolutions to a ninth, one to four ninths
+
+
+def test_without_norm_only_the_head_has_a_bias():
+    network = resnet18(norm="none")
+    assert not normalising(network)
+    assert [name for name, _ in network.named_parameters() if "bias" in name] == ["fc.bias"]
+    torch.manual_seed(1)
+    ours = resnet18(norm="none").state_dict()
+    torch.manual_seed(1)
+    theirs = torchvision_resnet18(weights=None, norm_layer=nn.Identity).state_dict()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.parametrize(
+    ("norm", "kind", "count"), [("batch", nn.BatchNorm2d, 20), ("group", nn.GroupNorm, 20), ("none", nn.Module, 0)]
+)
+def test_cifar_form(norm, kind, count):
+    network = cifar_resnet18(num_classes=7, norm=norm)
+    assert len(normalising(network)) == count
+    assert all(isinstance(layer, kind) for layer in normalising(network))
+    sizes = []
+    network.layer4.register_forward_hook(lambda layer, inputs, output: sizes.append(output.shape[-2:]))
+    assert network(torch.randn(2, 3, 32, 32)).shape == (2, 7)
+    assert sizes == [(4, 4)]  # 32 halved by three stages, not by the stem
+    # He initialisation by fan out, as the other convolutions: std = sqrt(2 / (9 * 64)).
+    assert network.conv1.weight.std().item() == pytest.approx((2 / 576) ** 0.5, rel=0.1)
+
+
+def test_digits_network():
+    network = digits_cnn()
+    assert network(torch.randn(3, 1, 8, 8)).shape == (3, 10)
+    assert 20_000 < sum(p.numel() for p in network.parameters()) < 40_000
+
+
+@pytest.mark.parametrize("make", [resnet18, cifar_resnet18])
+def test_an_unknown_norm_is_refused(make):
+    with pytest.raises(ValueError, match=r"norm must be one of .*'batch'.*, got 'layer'"):
+        make(norm="layer")
+    with pytest.raises(ValueError, match="got 'group'"):
+        resnet18(norm="group")
