@@ -14,7 +14,8 @@ import torchvision
 from torchvision.datasets.utils import check_integrity, download_url
 
 from sam_lightning.data.augment import CropAndFlip
-from sam_lightning.data.images import ImageData, Images, Validation
+from sam_lightning.data.datamodule import ImageData, Validation
+from sam_lightning.data.images import Images
 from sam_lightning.data.normalise import Normalisation
 
 VARIABLE = "SAM_LIGHTNING_DATA"
@@ -38,6 +39,8 @@ class CIFAR10(ImageData):
         validation: split, test or none.
         validation_fraction: Held-out share of the training set.
         split_seed: Seed of the split.
+        label_noise: Probability with which each training label is redrawn over all classes.
+        label_noise_seed: Seed of the label noise.
         normalisation: unit, half or standard.
         seed: Seed of order and augmentation.
         num_workers: Worker processes.
@@ -67,6 +70,8 @@ class CIFAR10(ImageData):
         validation: Validation = "split",
         validation_fraction: float = 0.1,
         split_seed: int = 0,
+        label_noise: float = 0.0,
+        label_noise_seed: int = 0,
         normalisation: Normalisation = "standard",
         seed: int | None = None,
         num_workers: int = 0,
@@ -78,6 +83,8 @@ class CIFAR10(ImageData):
             validation=validation,
             validation_fraction=validation_fraction,
             split_seed=split_seed,
+            label_noise=label_noise,
+            label_noise_seed=label_noise_seed,
             normalisation=normalisation,
             seed=seed,
             num_workers=num_workers,

@@ -1,10 +1,11 @@
 """The handwritten digits that scikit-learn brings along."""
 
-import numpy as np
 import torch
 
-from sam_lightning.data.images import ImageData, Images, Validation
+from sam_lightning.data.datamodule import ImageData, Validation
+from sam_lightning.data.images import Images
 from sam_lightning.data.normalise import Normalisation
+from sam_lightning.data.split import stratified_split
 
 
 class Digits(ImageData):
@@ -17,6 +18,8 @@ class Digits(ImageData):
         validation: split, test or none.
         validation_fraction: Held-out share of the training set.
         split_seed: Seed of the split.
+        label_noise: Probability with which each training label is redrawn over all classes.
+        label_noise_seed: Seed of the label noise.
         normalisation: unit, half or standard.
         seed: Seed of the order.
         num_workers: Worker processes.
@@ -39,6 +42,8 @@ class Digits(ImageData):
         validation: Validation = "split",
         validation_fraction: float = 0.1,
         split_seed: int = 0,
+        label_noise: float = 0.0,
+        label_noise_seed: int = 0,
         normalisation: Normalisation = "unit",
         seed: int | None = None,
         num_workers: int = 0,
@@ -50,6 +55,8 @@ class Digits(ImageData):
             validation=validation,
             validation_fraction=validation_fraction,
             split_seed=split_seed,
+            label_noise=label_noise,
+            label_noise_seed=label_noise_seed,
             normalisation=normalisation,
             seed=seed,
             num_workers=num_workers,
@@ -62,16 +69,10 @@ class Digits(ImageData):
         """Training (1,437) and test (360) images."""
         # Only here: scikit-learn takes a fifth of a second to import, which other commands need not wait for.
         from sklearn.datasets import load_digits
-        from sklearn.model_selection import train_test_split
 
         digits = load_digits()
-        everything = Images(
-            torch.from_numpy(digits.images).to(torch.uint8).unsqueeze(1), torch.from_numpy(digits.target).long()
-        )
-        train, test = train_test_split(
-            np.arange(len(everything)), test_size=360, stratify=digits.target, random_state=0
-        )
-        parts = (everything.subset(torch.from_numpy(np.sort(part))) for part in (train, test))
+        pixels = torch.from_numpy(digits.images).to(torch.uint8).unsqueeze(1)
+        labels = torch.from_numpy(digits.target).long()
         # Numbered anew: a sample's number is its place in its own set.
-        train_images, test_images = (Images(part.images, part.labels) for part in parts)
-        return train_images, test_images
+        train, test = (Images(pixels[part], labels[part]) for part in stratified_split(labels, 360, seed=0))
+        return train, test

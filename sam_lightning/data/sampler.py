@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, DistributedSampler
 
-ORDER, AUGMENTATION = 0, 1  # independent random streams of one (seed, epoch)
+ORDER, AUGMENTATION, LABEL_NOISE = 0, 1, 2  # independent random streams of one (seed, epoch)
 
 
 def generator_of(seed: int, epoch: int, stream: int) -> torch.Generator:

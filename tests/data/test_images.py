@@ -11,6 +11,7 @@ from torchvision.transforms import functional as F  # torchvision's own name for
 from sam_lightning.data import CIFAR10, Digits
 from sam_lightning.data.augment import CropAndFlip, crop_and_flip
 from sam_lightning.data.images import Images
+from sam_lightning.data.label_noise import redraw
 from sam_lightning.data.loader import BatchLoader
 from sam_lightning.data.sampler import EpochSampler
 
@@ -331,6 +332,85 @@ def test_digits_need_nothing_and_keep_their_test_set():
     assert scaled.std().item() == pytest.approx(Digits.std[0], abs=5e-5)
 
 
+# Label noise.
+
+
+def labels_of(loader):
+    """(sample numbers, labels) in the order of the numbers."""
+    batches = list(loader)
+    samples, labels = (torch.cat([batch[i] for batch in batches]) for i in (2, 1))
+    at = samples.argsort()
+    return samples[at], labels[at]
+
+
+def noisy(**options):
+    data = Digits(**{"label_noise": 0.4, **options})
+    data.setup("fit")
+    return data
+
+
+def test_label_noise_redraws_this_share_of_labels_uniformly_over_all_classes():
+    clean = torch.arange(10).repeat(5000)
+    got = redraw(clean, 10, 0.4, seed=3)
+    assert torch.equal(clean, torch.arange(10).repeat(5000))  # not changed in place
+    assert (got != clean).float().mean() == pytest.approx(0.36, abs=0.01)  # a tenth of the redrawn hit the true class
+    table = torch.zeros(10, 10).index_put((clean, got), torch.ones(50000), accumulate=True) / 5000
+    off_diagonal = table[~torch.eye(10, dtype=torch.bool)]
+    assert off_diagonal.min() > 0.03
+    assert off_diagonal.max() < 0.05
+    assert torch.equal(redraw(clean, 10, 0.0, seed=3), clean)
+    assert (redraw(clean, 10, 1.0, seed=3) == clean).float().mean() == pytest.approx(0.1, abs=0.01)
+
+
+def test_more_noise_keeps_the_labels_that_less_noise_drew():
+    clean = torch.zeros(1000, dtype=torch.int64)
+    less, more = (redraw(clean, 10, share, seed=1) for share in (0.2, 0.6))
+    assert torch.equal(more[less != clean], less[less != clean])
+    assert not torch.equal(redraw(clean, 10, 0.6, seed=2), more)
+
+
+def test_label_noise_spares_validation_and_test_labels():
+    clean, data = noisy(label_noise=0.0), noisy(label_noise=1.0)
+    for name in ("val_dataloader", "test_dataloader", "predict_dataloader"):
+        for a, b in zip(labels_of(getattr(clean, name)()), labels_of(getattr(data, name)()), strict=True):
+            assert torch.equal(a, b), name
+    samples, labels = labels_of(clean.train_dataloader())
+    again, wrong = labels_of(data.train_dataloader())
+    assert torch.equal(samples, again)  # the split is by the true labels
+    assert (labels != wrong).float().mean() > 0.8
+    for a, b in zip(
+        labels_of(noisy(label_noise=1.0, validation="test").val_dataloader()),
+        labels_of(clean.test_dataloader()),
+        strict=True,
+    ):
+        assert torch.equal(a, b)
+
+
+def test_a_samples_label_is_the_same_whatever_split_order_and_process():
+    everything = noisy(validation="test", seed=1)
+    _, labels = labels_of(everything.train_dataloader())
+    for options in ({"seed": 2}, {"split_seed": 5}, {"validation_fraction": 0.5}, {"batch_size": 7, "drop_last": True}):
+        samples, own = labels_of(noisy(**options).train_dataloader())
+        assert torch.equal(own, labels[samples]), options
+    other = labels_of(noisy(validation="test", label_noise_seed=1).train_dataloader())[1]
+    assert not torch.equal(other, labels)
+    shares = []
+    for rank in range(2):
+        data = noisy(validation="test", seed=1)
+        sampler = EpochSampler(data._train, 1, shuffle=True, world=2, rank=rank)
+        shares.append(labels_of(BatchLoader(data._train, 10, sampler)))
+    for samples, own in shares:
+        assert torch.equal(own, labels[samples])
+
+
+def test_label_noise_is_known_to_the_run(fake_cifar10):
+    for data in (Digits(label_noise=0.3, label_noise_seed=7), CIFAR10(label_noise=0.3, label_noise_seed=7)):
+        assert data.hparams["label_noise"] == 0.3
+        assert data.hparams["label_noise_seed"] == 7
+    clean, noise = (module(root=str(fake_cifar10), validation="none", label_noise=x) for x in (0.0, 1.0))
+    assert not torch.equal(labels_of(clean.train_dataloader())[1], labels_of(noise.train_dataloader())[1])
+
+
 def test_the_seed_is_that_of_seed_everything(monkeypatch):
     assert Digits().seed == 0
     monkeypatch.setenv("PL_GLOBAL_SEED", "17")
@@ -347,6 +427,10 @@ def test_the_seed_is_that_of_seed_everything(monkeypatch):
         ("validation", "some", r"one of \('split', 'test', 'none'\)"),
         ("normalisation", "full", r"one of \('unit', 'half', 'standard'\)"),
         ("seed", -1, "an integer >= 0"),
+        ("label_noise_seed", -1, "an integer >= 0"),
+        ("label_noise", -0.1, r"in \[0, 1\]"),
+        ("label_noise", 40, r"in \[0, 1\]"),
+        ("label_noise", float("nan"), r"in \[0, 1\]"),
     ],
 )
 def test_bad_values_are_named(option, value, allowed):
