@@ -63,7 +63,7 @@ def test_what_needs_no_lightning_imports_none(module):
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
 
 
-@pytest.mark.parametrize("name", ["spec", "report", "figures"])
+@pytest.mark.parametrize("name", ["spec", "report", "tables", "conclusions", "figures"])
 def test_tables_and_figures_know_no_torch(name):
     assert not {imported.partition(".")[0] for imported in imports(PACKAGE / f"studies/{name}.py")} & {
         "torch",

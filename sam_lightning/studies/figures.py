@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, NullLocator
 
 from sam_lightning.runs.figure_files import STYLE
+from sam_lightning.studies.report import is_tested_every_epoch, validated
 from sam_lightning.studies.results import Results
 from sam_lightning.studies.sharpness import correlations
 from sam_lightning.studies.spec import Cell, Study, short
@@ -38,9 +39,12 @@ def draw(study: Study, results: Results) -> dict[str, Figure]:
 
 def accuracy(study: Study, results: Results) -> Figure:
     """Accuracy per epoch: mean over seeds, band of one standard deviation."""
-    tested = set(results.runs.selected_on) == {"test"}
-    name = f"{'Test' if tested else 'Validation'} accuracy (%)"
-    return _curves(study, results.epochs.assign(value=100 * results.epochs.accuracy), name, logarithmic=False)
+    return _curves(
+        study,
+        results.epochs.assign(value=100 * results.epochs.accuracy),
+        f"{_evaluated(results)} (%)",
+        logarithmic=False,
+    )
 
 
 def training_loss(study: Study, results: Results) -> Figure:
@@ -73,19 +77,21 @@ def weights(study: Study, results: Results) -> Figure | None:
 
 
 def sweep(study: Study, results: Results) -> Figure | None:
-    """Test accuracy against the grid's value: mean over seeds, bars of one standard deviation.
+    """Accuracy at the last epoch against the grid's value: mean over seeds, bars of one standard deviation.
 
-    An arm without a grid is a horizontal line.
+    It is the accuracy on the set that was evaluated after every epoch: values are chosen on validation data, if there
+    are any. An arm without a grid is a horizontal line.
     """
     keys = {key for cell in study.cells() for key, _ in cell.point}
     if len(keys) != 1:
         return None
     figure, (panel,) = _panels(1)
+    outcome = validated(results)
     for i, arm in enumerate(study.arms):
         style: dict[str, Any] = {"color": _COLOURS[i % 6], "linestyle": _LINES[i % 4], "label": arm}
         rows = []
         for cell in (cell for cell in study.cells() if cell.arm == arm):
-            values = 100 * results.runs[results.runs.cell == cell.label].best
+            values = 100 * outcome[outcome.cell == cell.label]["last"]
             if len(values):
                 rows.append((cell.point[0][1] if cell.point else None, values.mean(), values.std(ddof=1)))
         if rows and rows[0][0] is None:
@@ -95,7 +101,7 @@ def sweep(study: Study, results: Results) -> Figure | None:
             panel.errorbar(x, mean, np.nan_to_num(sd), marker="o", ms=4, capsize=2, **style)
     name = short(next(iter(keys))).replace("_", " ")
     values = sorted({value for cell in study.cells() for _, value in cell.point})
-    panel.set(xscale="log", xlabel=name, ylabel="Test accuracy at the best epoch (%)")
+    panel.set(xscale="log", xlabel=name, ylabel=f"{_evaluated(results)} at the last epoch (%)")
     panel.set_xticks(values, [f"{value:g}" for value in values])
     panel.xaxis.set_minor_locator(NullLocator())
     panel.legend()
@@ -134,6 +140,10 @@ def sharpness_and_accuracy(study: Study, results: Results) -> Figure:
         panel.set_ylabel("Test accuracy (%)")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=len(study.arms))
     return figure
+
+
+def _evaluated(results: Results) -> str:
+    return f"{'Test' if is_tested_every_epoch(results) else 'Validation'} accuracy"
 
 
 def _curves(study: Study, epochs: pd.DataFrame, name: str, logarithmic: bool) -> Figure:

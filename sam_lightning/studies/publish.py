@@ -9,11 +9,12 @@ from torch.utils.tensorboard import SummaryWriter
 from sam_lightning.runs.figure_files import save
 from sam_lightning.runs.files import replacing
 from sam_lightning.studies import results as stored
+from sam_lightning.studies.conclusions import conclusions
 from sam_lightning.studies.figures import draw
-from sam_lightning.studies.report import missing, tables
-from sam_lightning.studies.results import Results
+from sam_lightning.studies.results import Results, missing
 from sam_lightning.studies.runs import directory_of
 from sam_lightning.studies.spec import Study, StudyError
+from sam_lightning.studies.tables import tables
 
 
 def publish(study: Study, root: Path, source: Path | None = None, output: Path | None = None) -> None:
@@ -47,22 +48,31 @@ def publish(study: Study, root: Path, source: Path | None = None, output: Path |
             draft.write_text(_latex(text, caption))
     for name, figure in figures.items():
         save(figure, folder / name)
-    text = markdown(study, results, figures)
     with replacing(folder / "report.md") as draft:
-        draft.write_text(text)
+        draft.write_text(markdown(study, results, figures))
     _to_tensorboard(figures, folder, len(results.runs))
-    print(f"\n{text.partition('![')[0].strip()}\n")
+    print("", *_head(study, results), *_tables(study, results), "", sep="\n\n")
     if not source:
         print(f"{'runs':<15}{folder / 'runs'}: log, checkpoints/ and TensorBoard's files of each")
     print(f"{'report':<15}{folder / 'report.md'}")
     print(f"{'figures':<15}{', '.join(str(folder / f'{name}.png') for name in figures)}")
-    print(f"{'tensorboard':<15}tensorboard --host 127.0.0.1 --logdir '{folder}'", flush=True)
+    print(f"{'tensorboard':<15}tensorboard --host 127.0.0.1 --logdir '{folder}'")
+    print("", *conclusions(study, results), sep="\n", flush=True)
 
 
 def markdown(study: Study, results: Results, figures: dict[str, Figure]) -> str:
     """The report as one page."""
-    absent = missing(study, results)
-    parts = [f"# {study.path.stem}", study.question, _status(results, absent)]
+    words = "\n".join(f"- {sentence}" for sentence in conclusions(study, results))
+    parts = [*_head(study, results), words, *_tables(study, results), *(f"![{name}]({name}.png)" for name in figures)]
+    return "\n\n".join(filter(None, parts)) + "\n"
+
+
+def _head(study: Study, results: Results) -> list[str]:
+    return [f"# {study.path.stem}", study.question, _status(results, missing(study, results))]
+
+
+def _tables(study: Study, results: Results) -> list[str]:
+    parts = []
     for caption, _, text in tables(study, results).values():
         parts += [caption, text.to_markdown(index=False, disable_numparse=True)]
     if study.reference:
@@ -70,8 +80,7 @@ def markdown(study: Study, results: Results, figures: dict[str, Figure]) -> str:
         parts.append(
             f"Published: {study.source}, after {' or '.join(map(str, epochs))} epochs; compared only with runs as long."
         )
-    parts += [f"![{name}]({name}.png)" for name in figures]
-    return "\n\n".join(parts) + "\n"
+    return parts
 
 
 def _status(results: Results, absent: list[str]) -> str:

@@ -1,4 +1,4 @@
-"""Tables of a study: means over seeds, differences seed by seed, and the published numbers beside them."""
+"""The numbers of a study: means over seeds, differences seed by seed, and the published numbers beside them."""
 
 import math
 from typing import Any
@@ -7,9 +7,7 @@ import numpy as np
 import pandas as pd
 from scipy.stats import t as student
 
-from sam_lightning.studies import sharpness
 from sam_lightning.studies.results import Results
-from sam_lightning.studies.runs import runs_of
 from sam_lightning.studies.spec import Cell, Study
 
 COVERAGE = 0.95
@@ -33,9 +31,18 @@ def outcomes(results: Results, equal_compute: bool) -> pd.DataFrame:
         return runs[["cell", "seed", "epochs", *_METRICS]]
     cost = runs.gradients_per_step * runs.epochs
     unit = math.lcm(*runs.gradients_per_step)  # whole epochs of every arm
-    allowed = (cost.min() // unit * unit // runs.gradients_per_step).rename("allowed")
-    epochs = results.epochs.merge(runs[["cell", "seed"]].assign(allowed=allowed), on=["cell", "seed"])
-    epochs = epochs[epochs.epoch <= epochs.allowed].sort_values("epoch")
+    return _by_epochs(results, cost.min() // unit * unit // runs.gradients_per_step)
+
+
+def validated(results: Results) -> pd.DataFrame:
+    """As `outcomes` at full length, with accuracies on the set that was evaluated after every epoch."""
+    return _by_epochs(results, results.runs.epochs)
+
+
+def _by_epochs(results: Results, length: pd.Series) -> pd.DataFrame:
+    """Each run's first epochs, as many as `length` has for it."""
+    epochs = results.epochs.merge(results.runs[["cell", "seed"]].assign(length=length), on=["cell", "seed"])
+    epochs = epochs[epochs.epoch <= epochs.length].sort_values("epoch")
     by_run = epochs.groupby(["cell", "seed"], sort=False)
     return by_run.agg(
         epochs=("epoch", "max"), best=("accuracy", "max"), last=("accuracy", "last"), train_loss=("train_loss", "last")
@@ -101,7 +108,7 @@ def differences(study: Study, outcome: pd.DataFrame) -> pd.DataFrame:
 
 
 def published(study: Study, cell: Cell, epochs: int) -> dict[str, float]:
-    """The published numbers of a cell after so many epochs."""
+    """The published numbers of a cell after this many epochs."""
     for row in study.reference:
         is_it = row["arm"] == cell.arm and all(row.get(key) == value for key, value in cell.point)
         if is_it and row["epochs"] == epochs:
@@ -109,113 +116,6 @@ def published(study: Study, cell: Cell, epochs: int) -> dict[str, float]:
     return {}
 
 
-def tables(study: Study, results: Results) -> dict[str, tuple[str, pd.DataFrame, pd.DataFrame]]:
-    """All tables: by file name, the caption, the numbers, and the numbers as text."""
-    at = _evaluated(results)
-    full = outcomes(results, equal_compute=False)
-    found = {
-        "accuracy": (f"Test accuracy (%) and training loss at full length. {_selection(results)}", full, _as_summary),
-        "differences": (
-            f"Test accuracy minus {study.baseline}'s, in percentage points, paired by seed.",
-            full,
-            _as_pairs,
-        ),
-    }
-    cut = outcomes(results, equal_compute=True)
-    if results.runs.gradients_per_step.nunique() > 1 and len(cut):
-        found |= {
-            "equal-compute": (
-                f"{at} (%) at equal compute: as many gradients per training image in every run.",
-                cut,
-                _as_summary,
-            ),
-            "equal-compute-differences": (f"{at} minus {study.baseline}'s at equal compute.", cut, _as_pairs),
-        }
-    made = {}
-    for name, (caption, outcome, form) in found.items():
-        numbers, text = form(study, outcome)
-        if len(numbers):
-            made[name] = (caption, numbers, text)
-    return made | _sharpness_tables(study, results)
-
-
-def _sharpness_tables(study: Study, results: Results) -> dict[str, tuple[str, pd.DataFrame, pd.DataFrame]]:
-    if results.sharpness.empty:
-        return {}
-    numbers = sharpness.summary(results.sharpness, [cell.label for cell in study.cells()])
-    ranks = sharpness.correlations(results.sharpness, results.runs)
-    return {
-        "sharpness-by-arm": (
-            "Sharpness of the training loss at the end of training, on "
-            f"{' or '.join(map(str, sorted(set(results.sharpness.samples))))} training samples.",
-            numbers,
-            sharpness.as_text(numbers),
-        ),
-        "sharpness-accuracy": (
-            "Rank correlation (Spearman) of sharpness with the test accuracy of the last epoch over all measured runs. "
-            "The interval takes runs for independent, which those of one arm are not.",
-            ranks,
-            sharpness.correlations_as_text(ranks),
-        ),
-    }
-
-
-def missing(study: Study, results: Results) -> list[str]:
-    """Labels of the runs that are not among the results."""
-    there = set(zip(results.runs.cell, results.runs.seed, strict=True)) if len(results.runs) else set()
-    return [f"{run.cell.label}, seed {run.seed}" for run in runs_of(study) if (run.cell.label, run.seed) not in there]
-
-
-def _evaluated(results: Results) -> str:
-    return "Test accuracy" if set(results.runs.selected_on) == {"test"} else "Validation accuracy"
-
-
-def _selection(results: Results) -> str:
-    if set(results.runs.selected_on) == {"test"}:
-        return "The test set was evaluated after every epoch and chose the best one."
-    return "The validation set chose the best epoch."
-
-
-def _as_summary(study: Study, outcome: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
-    numbers = summary(study, outcome)
-    rows = []
-    for row in numbers.to_dict("records"):
-        text = {
-            "arm": row["cell"],
-            "n": str(row["n"]),
-            "epochs": str(row["epochs"]),
-            "best epoch": _spread(row["best"], row["best_sd"], ".2f"),
-            "last epoch": _spread(row["last"], row["last_sd"], ".2f"),
-            "training loss": _spread(row["train_loss"], row["train_loss_sd"], ".3g"),
-        }
-        for metric, name, form in (("best", "best", ".2f"), ("last", "last", ".2f"), ("train_loss", "loss", ".3g")):
-            if f"published_{metric}" in row:
-                text[f"published {name}"] = _number(row[f"published_{metric}"], form)
-                text[f"{name}: ours - published"] = _number(row[f"{metric}_difference"], f"+z{form}")
-        rows.append(text)
-    return numbers, pd.DataFrame(rows)
-
-
-def _as_pairs(study: Study, outcome: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
-    numbers = differences(study, outcome)
-    rows = [
-        {
-            "arm": row["cell"],
-            "minus": row["baseline"],
-            "epoch": row["epoch"],
-            "n": str(row["n"]),
-            "mean": _number(row["mean"], "+z.2f"),
-            "95 % interval": f"{row['low']:+z.2f} to {row['high']:+z.2f}" if row["n"] > 1 else "",
-            "by seed": row["by_seed"],
-        }
-        for row in numbers.to_dict("records")
-    ]
-    return numbers, pd.DataFrame(rows)
-
-
-def _spread(mean: float, sd: float, form: str) -> str:
-    return _number(mean, form) + ("" if np.isnan(sd) else f" ± {sd:{form}}")
-
-
-def _number(value: float, form: str) -> str:
-    return "" if value is None or np.isnan(value) else f"{value:{form}}"
+def is_tested_every_epoch(results: Results) -> bool:
+    """Whether the test set was evaluated after every epoch, instead of a validation set."""
+    return set(results.runs.selected_on) == {"test"}

@@ -66,6 +66,12 @@ def collect(study: Study, root: Path) -> Results:
     return Results(pd.DataFrame(runs), pd.DataFrame(epochs), _histograms(weights), pd.DataFrame(sharpness))
 
 
+def missing(study: Study, results: Results) -> list[str]:
+    """Labels of the study's runs that are not among the results."""
+    there = set(zip(results.runs.cell, results.runs.seed, strict=True)) if len(results.runs) else set()
+    return [f"{run.cell.label}, seed {run.seed}" for run in runs_of(study) if (run.cell.label, run.seed) not in there]
+
+
 def write(results: Results, folder: Path) -> None:
     """Writes the tables as CSV files, exactly."""
     for table in fields(results):

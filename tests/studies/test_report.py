@@ -12,13 +12,15 @@ from matplotlib.colors import to_hex
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from sam_lightning.studies.command import main
+from sam_lightning.studies.conclusions import conclusions
 from sam_lightning.studies.figures import draw
 from sam_lightning.studies.publish import markdown
-from sam_lightning.studies.report import differences, missing, outcomes, summary, tables
-from sam_lightning.studies.results import collect, read, write
+from sam_lightning.studies.report import differences, outcomes, summary
+from sam_lightning.studies.results import Results, collect, missing, read, write
 from sam_lightning.studies.runs import RESULT, WEIGHTS, runs_of
 from sam_lightning.studies.spec import StudyError, load
-from study_files import finished, written
+from sam_lightning.studies.tables import tables
+from study_files import ROOT, finished, written
 
 GOLDEN = Path(__file__).parent / "golden"
 ACCURACIES = {1: [0.40, 0.55, 0.65, 0.66], 2: [0.42, 0.57, 0.66, 0.65]}  # SAM's, batch size 32, by seed
@@ -112,6 +114,90 @@ def test_a_difference_too_small_to_show_has_no_sign_of_its_own(study, results):
     assert [found["mean"], found["by seed"]] == ["+0.00", "1:+0.00 2:+0.00"]
 
 
+def two_arms(sgd, sam, selected_on="test", tested=None):
+    """Results of two arms from the evaluated accuracy by seed and epoch, and from the test accuracy by seed."""
+    runs, epochs = [], []
+    for cell, gradients, curves in (("SGD", 1, sgd), ("SAM", 2, sam)):
+        for seed, curve in enumerate(curves, start=1):
+            last = curve[-1] if tested is None else tested[cell][seed - 1]
+            of_all = {"cell": cell, "seed": seed, "train_loss": 1.0}
+            conditions = {"gradients_per_step": gradients, "selected_on": selected_on, "epochs": len(curve)}
+            runs.append({**of_all, **conditions, "best": last, "last": last})
+            epochs += [{**of_all, "epoch": i, "accuracy": value} for i, value in enumerate(curve, start=1)]
+    return Results(pd.DataFrame(runs), pd.DataFrame(epochs), pd.DataFrame())
+
+
+def said(tmp_path, *curves, **more):
+    seeds = list(range(1, len(curves[0]) + 1))
+    (sentence,) = conclusions(load(str(written(tmp_path, seeds=seeds))), two_arms(*curves, **more))
+    return sentence
+
+
+FLAT, RISING = [[0.5] * 4, [0.52] * 4, [0.54] * 4], [[0.5, 0.6, 0.7, 0.8], [0.5, 0.6, 0.7, 0.82], [0.5, 0.6, 0.7, 0.84]]
+
+
+def test_words_say_who_is_ahead_at_full_length_and_at_equal_compute(tmp_path):
+    sentence = said(tmp_path, FLAT, RISING)
+    # After two of SAM's epochs: +10, +8 and +6 points; t = 4.3027 from a printed table.
+    assert sentence == (
+        "SAM is ahead of SGD by 30.0 points of test accuracy at the last epoch [+30.0, +30.0] (95 %, n = 3); at equal "
+        "compute (epochs: 2 against 4) SAM is ahead of SGD by 8.0 points of test accuracy [+3.0, +13.0] (95 %, n = 3)."
+    )
+
+
+def test_words_say_who_is_behind(tmp_path):
+    falling = [[0.3, 0.2, 0.1, 0.4], [0.3, 0.2, 0.1, 0.4], [0.3, 0.2, 0.1, 0.4]]
+    sentence = said(tmp_path, FLAT, falling)
+    assert sentence.startswith(
+        "SAM is behind SGD by 12.0 points of test accuracy at the last epoch [-17.0, -7.0] (95 %"
+    )
+    assert "at equal compute (epochs: 2 against 4) SAM is behind SGD by 32.0 points" in sentence
+
+
+def test_words_say_where_an_interval_contains_0(tmp_path):
+    crossing = [[0.5, 0.5, 0.5, 0.56], [0.5, 0.5, 0.5, 0.54], [0.5, 0.5, 0.5, 0.52]]
+    assert said(tmp_path, FLAT, crossing).startswith(
+        "SAM and SGD cannot be told apart: +2.0 points of test accuracy at the last epoch, and [-7.9, +11.9] contains "
+        "0 (95 %, n = 3); at equal compute"
+    )
+
+
+def test_words_of_a_single_seed_claim_no_interval(tmp_path):
+    assert said(tmp_path, FLAT[:1], RISING[:1]).startswith(
+        "SAM ends 30.0 points of test accuracy at the last epoch ahead of SGD (one seed, so no interval); at equal "
+    )
+
+
+def test_words_name_the_set_that_was_evaluated(tmp_path):
+    sentence = said(
+        tmp_path, FLAT, RISING, selected_on="validation", tested={"SGD": [0.5, 0.5, 0.5], "SAM": [0.4, 0.41, 0.42]}
+    )
+    assert sentence.startswith("SAM is behind SGD by 9.0 points of test accuracy at the last epoch")
+    assert "SAM is ahead of SGD by 8.0 points of validation accuracy" in sentence
+
+
+def test_settings_are_chosen_on_validation_accuracy(tmp_path):
+    study = load(str(written(tmp_path, seeds=[1, 2, 3])))
+    tested = {"SGD": [0.9, 0.9, 0.9], "SAM": [0.1, 0.1, 0.1]}
+    results = two_arms(FLAT, RISING, selected_on="validation", tested=tested)
+    _, numbers, _ = tables(study, results)["validation"]
+    assert row(numbers, "SAM")["last"] == pytest.approx(82.0)
+    assert row(numbers, "SAM").epochs == 4
+    assert "validation" not in tables(study, two_arms(FLAT, RISING))
+    grid = {"model.optimizer.rho": [0.1, 0.2]}
+    arms = {"SGD": f"{ROOT}/configs/optimizers/sgd.yaml", "SAM": f"{ROOT}/configs/optimizers/sam.yaml"}
+    swept = load(str(written(tmp_path, "swept", figures={"sweep": "sweep"}, grid=grid, arms=arms, seeds=[1, 2, 3])))
+    relabelled = replace(
+        results,
+        runs=results.runs.replace({"cell": {"SGD": "SGD, rho 0.1", "SAM": "SAM, rho 0.1"}}),
+        epochs=results.epochs.replace({"cell": {"SGD": "SGD, rho 0.1", "SAM": "SAM, rho 0.1"}}),
+    )
+    panel = draw(swept, relabelled)["sweep"].axes[0]
+    assert panel.get_ylabel() == "Validation accuracy at the last epoch (%)"
+    line = next(box.lines[0] for box in panel.containers if box.get_label() == "SAM")
+    assert line.get_ydata() == pytest.approx([82.0])
+
+
 def test_published_numbers_stand_beside_runs_as_long_and_no_others(study, results):
     table = summary(study, outcomes(results, equal_compute=False))
     sgd, sam = (row(table, f"{arm}, batch size 32") for arm in ("SGD", "SAM"))
@@ -155,7 +241,13 @@ def test_a_report_writes_equal_files_for_equal_results(tmp_path, capsys):
     assert r"66.00 $\pm$ 0.00" in (tmp_path / "one/accuracy.tex").read_text()
     shown = EventAccumulator(str(tmp_path / "one")).Reload()
     assert set(shown.Tags()["images"]) == {"curves", "loss", "weights", "sweep"}
-    assert "SAM, batch size 32  | 2   | 4 " in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "SAM, batch size 32  | 2   | 4 " in out
+    words = [
+        line.removeprefix("- ") for line in (tmp_path / "one/report.md").read_text().splitlines() if "apart" in line
+    ]
+    assert len(words) == 1
+    assert words[0] in out.splitlines()[-3:]  # the command ends with what came out
 
 
 def test_every_figure_has_axes_legend_and_data(study, results):
@@ -219,7 +311,7 @@ def test_a_sweep_is_over_the_grids_values(study, results):
     assert panel.get_xscale() == "log"
     line = next(box.lines[0] for box in panel.containers if box.get_label() == "SAM")
     assert line.get_xdata().tolist() == [32, 64]
-    assert line.get_ydata() == pytest.approx([66.0, 55.0])
+    assert line.get_ydata() == pytest.approx([65.5, 55.0])
 
 
 @pytest.mark.parametrize(("selected_on", "best", "last"), [("validation", 0.5, 0.5), ("test", 0.52, 0.53)])

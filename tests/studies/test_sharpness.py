@@ -9,11 +9,11 @@ import pytest
 
 from sam_lightning.studies.command import main
 from sam_lightning.studies.figures import draw
-from sam_lightning.studies.report import tables
 from sam_lightning.studies.results import collect, read, write
 from sam_lightning.studies.runs import RESULT, runs_of
 from sam_lightning.studies.sharpness import correlations, summary
 from sam_lightning.studies.spec import StudyError, load
+from sam_lightning.studies.tables import tables
 from study_files import finished, written
 
 # By run: (seed, cell), accuracy, trace. Ranks of the accuracy 1 2 3 4, of the trace 4 2 3 1.
