@@ -11,6 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from sam_lightning.optim import SharpnessAware, global_norm
+from sam_lightning.runs.extras import require
 from sam_lightning.sharpness import Settings, Sharpness, measure
 from sam_lightning.sharpness.batches import samples_in, share_of
 from sam_lightning.training.module import SharpnessAwareModule
@@ -85,6 +86,8 @@ class SharpnessMonitor(Callback):
             raise TypeError(
                 f"SharpnessMonitor needs the loss(batch) of a SharpnessAwareModule, got {type(pl_module).__name__}."
             )
+        if self.every_n_epochs:
+            require("sharpness", "SharpnessMonitor", "scipy", "curvlinops")
         if self.every_n_epochs and not isinstance(_data(trainer), HasTrainingSample):
             raise TypeError(
                 "SharpnessMonitor needs a data module with training_sample(samples, seed) -> list of batches, got "

@@ -10,6 +10,7 @@ import torch
 from sam_lightning.cli.measuring import MeasureError
 from sam_lightning.data import DataError
 from sam_lightning.runs.directory import CheckpointError
+from sam_lightning.runs.extras import MissingExtraError
 from sam_lightning.training.manual import DivergedError
 from sam_lightning.training.strategies import StrategyError
 
@@ -19,6 +20,17 @@ _LOST_PEER = ("closed by peer", "reset by peer", "Broken pipe", "timed out", "ti
 
 class SettingsError(ValueError):
     """A value of the configuration that model, data, optimizer or trainer refuse."""
+
+
+_SAY_IT_THEMSELVES = (
+    CheckpointError,
+    DataError,
+    DivergedError,
+    MeasureError,
+    MissingExtraError,
+    SettingsError,
+    StrategyError,
+)
 
 
 def is_from_users_code(error: BaseException) -> bool:
@@ -37,7 +49,7 @@ def explain(error: Exception) -> str | None:
         error: What ended the command.
     """
     text = str(error)
-    if isinstance(error, CheckpointError | DataError | DivergedError | MeasureError | SettingsError | StrategyError):
+    if isinstance(error, _SAY_IT_THEMSELVES):
         return text
     if isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in text:
         what = (text.strip() or "no more to be had").splitlines()[0].rstrip(".")

@@ -6,6 +6,7 @@ from sam_lightning.data.datamodule import ImageData, Validation
 from sam_lightning.data.images import Images
 from sam_lightning.data.normalise import Normalisation
 from sam_lightning.data.split import stratified_split
+from sam_lightning.runs.extras import require
 
 
 class Digits(ImageData):
@@ -67,6 +68,7 @@ class Digits(ImageData):
 
     def load(self) -> tuple[Images, Images]:
         """Training (1,437) and test (360) images."""
+        require("studies", "The digits data", "sklearn")
         # Only here: scikit-learn takes a fifth of a second to import, which other commands need not wait for.
         from sklearn.datasets import load_digits
 

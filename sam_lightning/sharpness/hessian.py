@@ -1,22 +1,18 @@
 """The curvature of the loss: largest eigenvalues and trace of its Hessian."""
 
-import warnings
 from collections.abc import Iterable
+from inspect import signature
 from typing import Any
 
 import numpy as np
 import torch
-from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
 from torch import Tensor, nn
 
+from sam_lightning.runs.extras import require
 from sam_lightning.sharpness.batches import samples_in
 from sam_lightning.sharpness.objective import Estimate, Loss, Objective, mean_over_parts, objective_of
 from sam_lightning.sharpness.scale import Adaptive
 from sam_lightning.sharpness.undisturbed import BatchNorm
-
-with warnings.catch_warnings():  # of a package that curvlinops imports: nothing a user could act on
-    warnings.filterwarnings("ignore", r"`torch\.jit\.script.*` is deprecated", category=Warning)
-    from curvlinops import HessianLinearOperator, hutchinson_trace
 
 
 def largest_eigenvalues(
@@ -113,6 +109,9 @@ def hessian_trace(
     """
     if draws < 2:
         raise ValueError(f"draws must be an integer >= 2, for a standard error, got {draws!r}.")
+    require("sharpness", "The trace of the Hessian", "curvlinops")
+    from sam_lightning.sharpness.products import hutchinson_trace
+
     with objective_of(network, loss, batches, scale, batch_norm, seed) as objective:
         hessian = ScaledHessian(objective)
         return Estimate.of([float(hutchinson_trace(hessian, num_matvecs=1)) for _ in range(draws)])
@@ -122,12 +121,15 @@ class ScaledHessian:
     r"""$T \, \nabla^2 L(w) \, T$ of an objective, a (P, P) operator on its u laid out behind one another."""
 
     def __init__(self, objective: Objective) -> None:
+        require("sharpness", "The Hessian", "curvlinops")
+        from sam_lightning.sharpness.products import BackwardTwice, MeanLoss
+
         objective.move(None)
         self._objective = objective
         self._T = torch.cat([t.flatten() for t in objective.T])
-        self._hessian = _Hessian(
+        self._hessian = BackwardTwice(
             objective.batch_loss,
-            _Mean(),
+            MeanLoss(),
             objective.weights,
             [(batch, torch.empty(0)) for batch in objective.batches],
             check_deterministic=False,  # four passes over the data, and it refuses a weight that the loss does not use
@@ -144,37 +146,10 @@ class ScaledHessian:
         return T * self._objective.over_processes([self._hessian @ (T * vectors)])[0]
 
 
-class _Hessian(HessianLinearOperator):  # type: ignore[misc]  # curvlinops ships no types
-    """Products by differentiating backwards twice.
-
-    curvlinops differentiates the gradient forwards, which torch does wrongly, without a word, through normalisation
-    by batch statistics (github.com/pytorch/pytorch/issues/196699), and not at all through GroupNorm.
-    """
-
-    def _matmat_batch(self, X: Any, y: Tensor, M: list[Tensor]) -> list[Tensor]:
-        loss = self._model_func(X)
-        gradient = torch.autograd.grad(loss, self._params, create_graph=True, materialize_grads=True)
-        curved = [i for i, part in enumerate(gradient) if part.requires_grad]  # others are constant: no curvature
-        columns = []
-        for k in range(M[0].shape[-1]):
-            along = [M[i][..., k] for i in curved]
-            columns.append(
-                torch.autograd.grad(
-                    [gradient[i] for i in curved], self._params, along, retain_graph=True, materialize_grads=True
-                )
-                if curved
-                else [torch.zeros_like(weight) for weight in self._params]
-            )
-        return [torch.stack(parts, dim=-1) for parts in zip(*columns, strict=True)]
-
-
-class _Mean(nn.Module):
-    """The loss function that curvlinops asks for, where the network's output is its mean loss already."""
-
-    reduction = "mean"
-
-
 def _eigenvalues(objective: Objective, count: int, tolerance: float) -> list[float]:
+    require("sharpness", "The largest eigenvalues", "scipy")
+    from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
+
     hessian = ScaledHessian(objective)
 
     def product(vector: np.ndarray) -> np.ndarray:
@@ -186,6 +161,8 @@ def _eigenvalues(objective: Objective, count: int, tolerance: float) -> list[flo
     start = torch.randn(hessian.shape[0], dtype=torch.float64).numpy()  # of the seed: the same in every process
     if not product(start).any():  # the Hessian is zero, where ARPACK gives up
         return [0.0] * count
+    # Where the iteration must begin anew; the same in every process, as SciPy before 1.17 has it by itself.
+    restart = {"rng": np.random.default_rng(0)} if "rng" in signature(eigsh).parameters else {}
     try:
         found = eigsh(
             LinearOperator(hessian.shape, product, dtype=np.float64),
@@ -194,7 +171,7 @@ def _eigenvalues(objective: Objective, count: int, tolerance: float) -> list[flo
             v0=start,
             tol=tolerance,
             return_eigenvectors=False,
-            rng=np.random.default_rng(0),  # where the iteration must begin anew; the same, too
+            **restart,
         )
     except ArpackNoConvergence as error:
         raise RuntimeError(

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from sam_lightning.runs.extras import MissingExtraError, require
 from sam_lightning.studies.spec import StudyError, load
 
 _SETTINGS = (
@@ -25,6 +26,7 @@ def main(args: Sequence[str]) -> int:
     try:
         words, overrides = _split(args)
         options = _parser().parse_args(words)
+        require("studies", "sam-lightning study", "pandas", "scipy", "tabulate", "matplotlib")
         study = load(options.study, overrides)
         # What is imported only now takes a second, which a mistyped command need not wait for.
         if options.command == "report":
@@ -35,7 +37,7 @@ def main(args: Sequence[str]) -> int:
         from sam_lightning.studies.launch import launch
 
         return launch(study, options)
-    except StudyError as error:
+    except (StudyError, MissingExtraError) as error:
         sys.exit(f"sam-lightning: error: {error}")
 
 

@@ -91,7 +91,7 @@ def read(folder: Path) -> Results:
     for table in fields(Results):
         path = folder / f"{table.name}.csv"
         if path.is_file():
-            frames[table.name] = pd.read_csv(path)
+            frames[table.name] = pd.read_csv(path, float_precision="round_trip")
     if not {"runs", "epochs"} <= frames.keys():
         raise StudyError(f"no results in {folder}: runs.csv and epochs.csv of a report are expected there.")
     return Results(**{"weights": pd.DataFrame(), **frames})

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from sam_lightning.runs.extras import require
 from sam_lightning.runs.files import replacing
 from sam_lightning.studies.execute import execute, printing_into
 from sam_lightning.studies.runs import LOG, Run, directory_of
@@ -72,12 +73,12 @@ def submit(study: Study, runs: Sequence[Run], root: Path, threads: int, options:
         options: YAML with submitit's names: `slurm_partition`, `timeout_min`, `gpus_per_node`, `mem_gb`, ...
 
     Raises:
-        StudyError: If submitit or SLURM is not installed, or an option is unknown or refused.
+        MissingExtraError: If submitit is not installed.
+        StudyError: If SLURM is not installed, or an option is unknown or refused.
     """
-    try:
-        import submitit
-    except ImportError as error:
-        raise StudyError("--launcher slurm needs submitit: pip install 'sam-lightning[slurm]'.") from error
+    require("slurm", "--launcher slurm", "submitit")
+    import submitit
+
     queued = _queue()
     waiting = [run for run in runs if _job_of(root / run.name) in queued]
     new = [run for run in runs if run not in waiting]

@@ -167,4 +167,4 @@ def test_no_slurm_here(tmp_path, monkeypatch):
 
 def test_no_submitit_here(monkeypatch):
     monkeypatch.setitem(sys.modules, "submitit", None)
-    assert fails() == "sam-lightning: error: --launcher slurm needs submitit: pip install 'sam-lightning[slurm]'."
+    assert "--launcher slurm needs submitit, not installed here. Run: pip install 'sam-lightning[slurm]'" in fails()
