@@ -1,10 +1,9 @@
 """Pictures of loss landscapes, each with what it shows below it."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from matplotlib import rc_context
-from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
@@ -14,7 +13,8 @@ from sam_lightning.runs.figure_files import STYLE
 def line(axis: Sequence[float], losses: np.ndarray, name: str, caption: str, ends: Sequence[str] = ()) -> Figure:
     """The loss along a direction; `ends` name the solutions at 0 and 1."""
     with rc_context(STYLE):
-        figure, panel = _figure(4.6)
+        figure = Figure(figsize=(4.6, 3.6), layout="constrained")
+        panel = figure.subplots()
         panel.plot(axis, losses, color="#0072B2", marker=".", ms=4)
         for at, end in enumerate(ends):
             panel.axvline(at, color="0.4", lw=0.8, ls="--")
@@ -24,25 +24,27 @@ def line(axis: Sequence[float], losses: np.ndarray, name: str, caption: str, end
     return figure
 
 
-def contour(axes: Sequence[Sequence[float]], losses: np.ndarray, caption: str) -> Figure:
-    """The loss over a plane, in logarithmic levels; points that are not finite stay white."""
-    shown = np.ma.masked_invalid(np.maximum(losses, np.finfo(float).tiny))
-    low, high = float(shown.min()), float(shown.max())
+def planes(axes: Sequence[Sequence[float]], losses: Mapping[str, np.ndarray], caption: str) -> Figure:
+    """The loss over planes side by side, by their titles, in the same logarithmic levels.
+
+    A `+` marks the weights in the middle; points that are not finite stay white.
+    """
+    shown = {title: np.ma.masked_invalid(np.maximum(values, np.finfo(float).tiny)) for title, values in losses.items()}
+    low = min(float(values.min()) for values in shown.values())
+    high = max(float(values.max()) for values in shown.values())
     levels = np.geomspace(low, max(high, low * 1.01), 16)
     with rc_context(STYLE):
-        figure, panel = _figure(5.4)
-        filled = panel.contourf(*axes, shown.T, levels=levels, norm=LogNorm(low, levels[-1]), cmap="viridis")
-        panel.contour(*axes, shown.T, levels=levels, colors="white", linewidths=0.4)
-        panel.plot(0, 0, marker="+", color="white", ms=9)
-        panel.set(xlabel="First direction", ylabel="Second direction", aspect="equal")
-        panel.grid(visible=False)
-        bar = figure.colorbar(filled, format="%.2g", ticks=levels[::3])
+        figure = Figure(figsize=(1.8 + 3.4 * len(shown), 3.9), layout="constrained")
+        panels = figure.subplots(1, len(shown), sharey=True, squeeze=False)[0]
+        for panel, (title, values) in zip(panels, shown.items(), strict=True):
+            filled = panel.contourf(*axes, values.T, levels=levels, norm=LogNorm(low, levels[-1]), cmap="viridis")
+            panel.contour(*axes, values.T, levels=levels, colors="white", linewidths=0.4)
+            panel.plot(0, 0, marker="+", color="white", ms=9)
+            panel.set(title=title, xlabel="First direction", aspect="equal")
+            panel.grid(visible=False)
+        panels[0].set_ylabel("Second direction")
+        bar = figure.colorbar(filled, ax=list(panels), format="%.2g", ticks=levels[::3])
         bar.set_label("Training loss")
         bar.minorticks_off()
         figure.supxlabel(caption, fontsize=7, color="0.3")
     return figure
-
-
-def _figure(width: float) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(width, 3.6), layout="constrained")
-    return figure, figure.subplots()

@@ -7,19 +7,16 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from matplotlib.figure import Figure
+from torch import Tensor
 
 from sam_lightning.callbacks.sharpness_monitor import HasTrainingSample, measure_module, measuring
-from sam_lightning.cli.landscape_figures import contour, line
 from sam_lightning.runs.directory import find_checkpoint, read_checkpoint
-from sam_lightning.runs.figure_files import save
+from sam_lightning.runs.extras import require
 from sam_lightning.runs.files import replacing
 from sam_lightning.sharpness import Settings
 from sam_lightning.sharpness.batches import samples_in
-from sam_lightning.sharpness.landscape import direction_to, random_direction, scan
 from sam_lightning.training.module import SharpnessAwareModule
 
 SHARPNESS = "sharpness.json"
@@ -61,6 +58,7 @@ class MeasuringTrainer(Trainer):
         Raises:
             MeasureError: If module or data cannot be measured, or `samples` is less than 1.
         """
+        require("sharpness", "sam-lightning sharpness", "scipy", "curvlinops")
         batches = self._ready(model, datamodule, ckpt_path, samples, settings.seed)
         assert isinstance(model, SharpnessAwareModule)
         found = measure_module(model, batches, settings)
@@ -97,17 +95,18 @@ class MeasuringTrainer(Trainer):
         seed: int = 0,
         weights_only: bool | None = None,
     ) -> list[Path]:
-        """Draws the training loss around a run's weights, and between them and another run's.
+        """Draws the training loss around a run's weights, beside and between them and another run's.
 
-        Along a random filter-normalised direction and over the plane of two, evaluation mode; between two solutions,
-        normalised by the statistics of each batch. PNG, PDF and the numbers go into the run's directory. A grid that
-        was stopped goes on where it was.
+        Along a random filter-normalised direction and over the plane of two, evaluation mode. With another run, both
+        planes side by side in the same levels, each around its own weights; and the line between the two, normalised
+        by the statistics of each batch. PNG, PDF and the numbers go into the run's directory. A grid that was stopped
+        goes on where it was.
 
         Args:
             model: The module, whose `loss` is drawn.
             datamodule: Gives the training samples.
             ckpt_path: The weights in the middle: last, best, a run directory, or a checkpoint file.
-            other: Run directory or checkpoint file of another solution; without it there is no line between two.
+            other: Run directory or checkpoint file of another solution to compare with.
             points: Points along each direction, at least 2.
             reach: Largest step along a random direction; 1 moves every filter by its own length.
             samples: Training samples, chosen by the seed; all if there are fewer.
@@ -124,52 +123,25 @@ class MeasuringTrainer(Trainer):
             raise MeasureError(f"--points must be an integer >= 2, got {points}.")
         if not 0 < reach < math.inf:
             raise MeasureError(f"--reach must be a finite number > 0, got {reach}.")
+        require("sharpness", "sam-lightning landscape", "matplotlib")
+        from sam_lightning.cli.landscape import Landscape
+
         batches = self._ready(model, datamodule, ckpt_path, samples, seed)
         assert isinstance(model, SharpnessAwareModule)
-        run, count = Path(self.default_root_dir), sum(map(samples_in, batches))
-        first, second = (random_direction(model, seed + i) for i in (0, 1))
-        steps = np.linspace(-reach, reach, points).tolist()
-        about: dict[str, Any] = {"checkpoint": str(ckpt_path), "samples": count, "seed": seed}
-        where = f"seed {seed}, filter-normalised, running statistics, {count} training samples"
-        drawn = []
+        run, path = Path(self.default_root_dir), Path(str(ckpt_path))
 
-        def draw(name: str, figure: Figure) -> None:
-            save(figure, run / name)
-            drawn.append(run / name)
-            print(f"{'figure':<15}{run / name}.png")
+        def loss(batch: Any) -> Tensor:
+            with measuring(model):
+                return model.loss(batch)
 
         try:
-            with measuring(model):
-                along = scan(model, model.loss, batches, [first], [steps], run / "landscape-line.npz", about)
-                draw(
-                    "landscape-line", line(steps, along, "Step along a random direction", f"Random direction, {where}.")
-                )
-                plane = scan(
-                    model, model.loss, batches, [first, second], [steps, steps], run / "landscape-plane.npz", about
-                )
-                draw("landscape-plane", contour([steps, steps], plane, f"Two random directions, {where}."))
-                if other is not None:
-                    path = find_checkpoint(run, other)
-                    there = direction_to(model, read_checkpoint(path)["state_dict"])
-                    across = np.linspace(-0.25, 1.25, points).tolist()
-                    between = scan(
-                        model,
-                        model.loss,
-                        batches,
-                        [there],
-                        [across],
-                        run / "landscape-between.npz",
-                        {**about, "other": str(path)},
-                        batch_norm="batch",
-                    )
-                    ends = [run.name, path.parent.parent.name]
-                    caption = f"Straight line, not normalised, statistics of each batch, {count} training samples."
-                    draw(
-                        "landscape-between", line(across, between, f"From {ends[0]} to {ends[1]}", caption, ("0", "1"))
-                    )
+            drawn = Landscape(model, loss, batches, run, path, points, reach, seed)
+            drawn.around()
+            if other is not None:
+                drawn.with_other(find_checkpoint(run, other))
         except ValueError as error:
             raise MeasureError(str(error)) from error
-        return drawn
+        return drawn.figures
 
     def _ready(
         self,

@@ -7,13 +7,15 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
 from classifier import Classifier, batches, data
 from commands import fails, fit
 from regression import assert_same, state_of
 from sam_lightning.cli import main
-from sam_lightning.cli.landscape_figures import contour, line
+from sam_lightning.cli.landscape_figures import line, planes
+from sam_lightning.runs.directory import read_checkpoint
 from sam_lightning.sharpness.landscape import direction_to, random_direction, scan
 
 ABOUT = {"seed": 0}
@@ -117,32 +119,50 @@ def test_figures_show_the_losses_and_say_what_they_are():
     assert panel.lines[0].get_ydata().tolist() == [2.0, 3.0]
     assert panel.get_xlabel() == "Step"
     assert [text.get_text() for text in panel.texts] == ["SGD", "SAM"]
-    losses = np.array([[1.0, 2.0, 3.0], [4.0, np.nan, 6.0]])
-    figure = contour([[-1, 1], [-2, 0, 2]], losses, "seed 7")
+    figure = planes([[-1, 1], [-2, 0, 2]], {"SAM": np.array([[1.0, 2.0, 3.0], [4.0, np.nan, 6.0]])}, "seed 7")
     assert figure.get_supxlabel() == "seed 7"
     assert figure.axes[0].get_xlim() == (-1, 1)
     assert figure.axes[0].get_ylim() == (-2, 2)
-    contour([[0, 1], [0, 1]], np.ones((2, 2)), "flat")
+    planes([[0, 1], [0, 1]], {"flat": np.ones((2, 2))}, "flat")
 
 
-def test_the_command_draws_around_and_between_runs(capsys):
+def test_planes_side_by_side_have_one_scale():
+    low, high = np.array([[0.1, 1.0], [1.0, 2.0]]), np.array([[1.0, 5.0], [np.inf, 10.0]])
+    figure = planes([[0, 1], [0, 1]], {"SGD": high, "SAM": low}, "both")
+    *panels, bar = figure.axes
+    assert [panel.get_title() for panel in panels] == ["SGD", "SAM"]
+    filled = [panel.collections[0] for panel in panels]
+    assert filled[0].levels.tolist() == filled[1].levels.tolist()
+    assert (filled[0].levels[0], filled[0].levels[-1]) == pytest.approx((0.1, 10.0))
+    assert {(contours.norm.vmin, contours.norm.vmax) for contours in filled} == {(0.1, filled[0].levels[-1])}
+    assert bar.get_ylabel() == "Training loss"
+
+
+def test_the_command_draws_around_beside_and_between_runs(capsys):
     sam = fit("--trainer.default_root_dir", "sam")
     fit("--trainer.default_root_dir", "sgd", optimizer="sgd")
     words = ["landscape", "--ckpt_path", "sam", "--other", "sgd", "--points", "3", "--samples", "50", "--seed", "2"]
-    main(words)
+    drawn = main(words)
     out = capsys.readouterr().out
-    for name in ("line", "plane", "between"):
+    for name in ("line", "plane", "between", "both"):
         assert f"sam/landscape-{name}.png\n" in out
-        for kind in ("png", "pdf", "npz"):
+        for kind in ("png", "pdf"):
             assert Path(f"sam/landscape-{name}.{kind}").stat().st_size > 0
-    with np.load("sam/landscape-plane.npz") as file:
-        losses, identity = file["losses"], json.loads(str(file["identity"]))
-    assert identity["seed"] == 2
     ((images, labels),) = sam.datamodule.training_sample(50, seed=2)
-    sam.model.eval()
-    with torch.no_grad():
-        expected = cross_entropy(sam.model(images), labels).item()
-    assert losses[1, 1] == pytest.approx(expected, rel=1e-5)
+    module = drawn.model.eval()
+    states = {run: read_checkpoint(Path(run, "checkpoints/last.ckpt"))["state_dict"] for run in ("sam", "sgd")}
+    assert_same(state_of(module), states["sam"])  # as it was, though the other's was measured with it
+    for name, state in (("plane", states["sam"]), ("plane-other", states["sgd"])):
+        with np.load(f"sam/landscape-{name}.npz") as file:
+            losses, identity = file["losses"], json.loads(str(file["identity"]))
+        assert identity["seed"] == 2
+        module.load_state_dict(state)
+        with torch.no_grad():
+            assert losses[1, 1] == pytest.approx(cross_entropy(module(images), labels).item(), rel=1e-5)
+            directions = [random_direction(module, 2 + i) for i in (0, 1)]
+            corner = [p + a + b for p, a, b in zip(module.parameters(), *directions, strict=True)]
+            moved = functional_call(module, dict(zip(dict(module.named_parameters()), corner, strict=True)), images)
+            assert losses[2, 2] == pytest.approx(cross_entropy(moved, labels).item(), rel=1e-4)
     main(words)  # all points are known
     assert "is of another scan" in fails(capsys, *words[:-1], "3")
 
