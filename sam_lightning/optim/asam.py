@@ -1,16 +1,13 @@
 """ASAM: the ball is scaled by the size of the weights."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sam_lightning.optim.base import (
-    BaseOptimizer,
-    Params,
-    SharpnessAware,
-    check_radius,
-)
+from sam_lightning.optim.base import SharpnessAware
+from sam_lightning.optim.groups import BaseOptimizer, Params, check_radius
 from sam_lightning.optim.norms import divide_by_norm, global_norm
 
 
@@ -27,18 +24,20 @@ class ASAM(SharpnessAware):
     A bias is a parameter whose own name (behind the last dot) contains "bias", so `normalize_bias=False`
     needs `model.named_parameters()`.
 
+    State: none beside the base's. Cost: two passes; two copies of the weights.
+
     Args:
         params: `(name, parameter)` pairs, or groups of them; bare parameters if `normalize_bias=True`.
-        base: Makes the optimizer that descends, from parameters.
+        base: The optimizer that descends, a class or a callable that makes one from parameters.
         rho: Radius in units of T, L2, at least 0; about ten times SAM's.
         eta: Added to |w|, so that small weights move too, at least 0.
         normalize_bias: Whether biases are scaled like every other parameter.
+        every: Perturb in every k-th step only.
+        base_options: Options of `base`.
 
     Example:
-        >>> from functools import partial
         >>> weight = torch.nn.Parameter(torch.tensor([2.0, 0.0]))
-        >>> sgd = partial(torch.optim.SGD, lr=0.1)
-        >>> optimizer = ASAM([weight], sgd, rho=1.0, eta=0.0, normalize_bias=True)
+        >>> optimizer = ASAM([weight], torch.optim.SGD, lr=0.1, rho=1.0, eta=0.0, normalize_bias=True)
         >>> weight.sum().backward()
         >>> with optimizer.perturbed():
         ...     weight.data
@@ -56,14 +55,16 @@ class ASAM(SharpnessAware):
         rho: float = 0.5,
         eta: float = 0.01,
         normalize_bias: bool = False,
+        every: int = 1,
+        **base_options: Any,
     ) -> None:
         self.eta = check_radius("eta", eta)
         self.normalize_bias = normalize_bias
-        super().__init__(params, base, rho)
-        if not normalize_bias:
-            self._biases()
+        super().__init__(params, base, rho, every, **base_options)
+        for group in self.param_groups:
+            self._are_biases(group["params"])
 
-    def displacement(self, weights: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
+    def displacement(self, weights: list[Tensor], grads: list[Tensor]) -> Sequence[Tensor]:
         """T^2 g / ||T g||."""
         T = self.units(weights)
         Tg = list(torch._foreach_mul(T, grads))
@@ -75,25 +76,18 @@ class ASAM(SharpnessAware):
         """T of each of the weights, which are parameters of this optimizer."""
         T = list(torch._foreach_abs(weights))
         torch._foreach_add_(T, self.eta)
-        if not self.normalize_bias:
-            biases = self._biases()
-            for weight, t in zip(weights, T, strict=True):
-                if weight in biases:
-                    t.fill_(1.0)
+        for t, is_bias in zip(T, self._are_biases(weights), strict=True):
+            if is_bias:
+                t.fill_(1.0)
         return T
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "eta": self.eta, "normalize_bias": self.normalize_bias}
-
-    def _biases(self) -> set[Tensor]:
-        """The parameters that are biases by name (a tensor's hash is its identity)."""
-        biases: set[Tensor] = set()
-        for group in self.param_groups:
-            if "param_names" not in group:
-                raise ValueError(
-                    "normalize_bias=False tells biases by their names: pass model.named_parameters() "
-                    "instead of model.parameters(), or set normalize_bias=True."
-                )
-            named = zip(group["param_names"], group["params"], strict=True)
-            biases.update(p for name, p in named if "bias" in name.rpartition(".")[2])
-        return biases
+    def _are_biases(self, weights: list[Tensor]) -> list[bool]:
+        """Whether each of the weights keeps T = 1: the biases by name, unless they are scaled."""
+        if self.normalize_bias:
+            return [False] * len(weights)
+        if not all(weight in self.names for weight in weights):
+            raise ValueError(
+                "normalize_bias=False tells biases by their names: pass model.named_parameters() instead of "
+                "model.parameters() (to around: names=model), or set normalize_bias=True."
+            )
+        return ["bias" in self.names[weight].rpartition(".")[2] for weight in weights]

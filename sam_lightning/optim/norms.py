@@ -1,42 +1,91 @@
 """Norms over many tensors together, and division by them."""
 
+import math
+
 import torch
 from torch import Tensor
 
 from sam_lightning.optim.shards import whole
 
-TINY = 1e-12  # added to every norm: a zero gradient gives a zero displacement, not NaN
 _LOW_PRECISION = (torch.float16, torch.bfloat16)
+_PIECE = 2**20  # torch sums a long float32 tensor on the CPU in a few lanes: 1 % is lost at 1e8 entries
 
 
+@torch.no_grad()
 def global_norm(tensors: list[Tensor]) -> Tensor:
     """The L2 norm of all entries together, 0-dimensional; half precision is summed in float32.
 
-    Of sharded tensors, over all their shards: every process must call this.
+    Of sharded tensors, over all their shards: every process must call this. On the CPU it is right for all entries
+    that the type can hold; on an accelerator squares overflow above 1e19 and vanish below 1e-22.
     """
-    return whole(torch.nn.utils.get_total_norm([t.float() if t.dtype in _LOW_PRECISION else t for t in tensors]))
+    norm = _norm(tensors, 2.0)
+    if tensors and _is_on_host(norm) and not math.sqrt(torch.finfo(norm.dtype).tiny) * 1e4 < norm < math.inf:
+        largest = _norm(tensors, math.inf)
+        if 0 < largest < math.inf:
+            return largest * _norm(
+                [t.to(torch.promote_types(t.dtype, norm.dtype)) / float(largest) for t in tensors], 2.0
+            )
+    return norm
+
+
+def _norm(tensors: list[Tensor], order: float) -> Tensor:
+    if not tensors:
+        return torch.zeros(())
+    by_type: dict[tuple[torch.device, torch.dtype, bool], list[Tensor]] = {}
+    for tensor in tensors:
+        by_type.setdefault((tensor.device, tensor.dtype, hasattr(tensor, "to_local")), []).extend(_pieces(tensor))
+    norms: list[Tensor] = []
+    for (_, dtype, is_sharded), pieces in by_type.items():
+        if dtype not in _LOW_PRECISION:
+            norms += torch._foreach_norm(pieces, order)
+        elif is_sharded:  # torch has no rule for norms of sharded tensors in another type
+            norms += torch._foreach_norm([piece.float() for piece in pieces], order)
+        else:
+            norms += torch._foreach_norm(pieces, order, dtype=torch.float32)
+    together = torch.stack([norm.to(tensors[0].device) for norm in norms])
+    return whole(torch.linalg.vector_norm(together, order))
+
+
+def _pieces(tensor: Tensor) -> list[Tensor]:
+    if tensor.numel() <= _PIECE or not _is_on_host(tensor) or hasattr(tensor, "to_local"):
+        return [tensor]
+    return list(torch.split(tensor.reshape(-1), _PIECE))
+
+
+def reciprocal(norm: Tensor) -> Tensor | float:
+    """1 / `norm`, or 0 where `norm` is 0 or not finite; a number if it is known to the host.
+
+    Nothing is read back from an accelerator, which would make the host wait for it.
+    """
+    if _is_on_host(norm):
+        length = float(norm)
+        return 1 / length if 0 < length < math.inf else 0.0
+    inverse = 1 / norm
+    return torch.where(inverse.isfinite() & norm.isfinite(), inverse, 0.0)
 
 
 def divide_by_norm(vectors: list[Tensor], norm: Tensor, in_place: bool = False) -> list[Tensor]:
-    """Each vector divided by `norm` + TINY; zeros if `norm` is not finite.
+    """Each vector divided by `norm`; zeros if `norm` is 0 or not finite.
 
-    With `in_place` in the memory of `vectors`, which are then of no more use, or in new memory if `norm` is not finite.
-    Nothing is read back from an accelerator, which would make the host wait for it.
+    With `in_place` in the memory of `vectors`, which are then of no more use, where torch can do so.
     """
-    finite = norm.isfinite()
-    factor: Tensor | float = torch.where(finite, 1 / (norm + TINY), 0.0)
-    if _is_on_host(norm):
-        if not finite:
-            return [torch.zeros_like(vector) for vector in vectors]
-        factor = float(factor)  # for large tensors faster than a 0-dimensional tensor
-    if in_place:
+    factor = reciprocal(norm)
+    if isinstance(factor, float) and factor == 0:
+        return [torch.zeros_like(vector) for vector in vectors]
+    # In place a number is first rounded to the vectors' type, and may be beyond it.
+    if in_place and (isinstance(factor, Tensor) or factor <= torch.finfo(torch.float16).max):
         torch._foreach_mul_(vectors, factor)
     else:
         vectors = list(torch._foreach_mul(vectors, factor))
-    if not _is_on_host(norm):  # 0 * inf is NaN
-        for vector in vectors:
-            vector.nan_to_num_(0.0, 0.0, 0.0)
+    if isinstance(factor, Tensor):
+        without_nan_(vectors)
     return vectors
+
+
+def without_nan_(vectors: list[Tensor]) -> None:
+    """Puts 0 where a vector is not finite: 0 * inf is NaN."""
+    for vector in vectors:
+        vector.nan_to_num_(0.0, 0.0, 0.0)
 
 
 def _is_on_host(tensor: Tensor) -> bool:

@@ -1,24 +1,32 @@
 """SAM: the ball is round."""
 
+from collections.abc import Sequence
+from typing import Any
+
 from torch import Tensor
 
-from sam_lightning.optim.base import BaseOptimizer, Params, SharpnessAware
-from sam_lightning.optim.norms import divide_by_norm, global_norm
+from sam_lightning.optim.base import SharpnessAware
+from sam_lightning.optim.groups import BaseOptimizer, Params
+from sam_lightning.optim.norms import global_norm, reciprocal
+from sam_lightning.optim.vectors import Scaled
 
 
 class SAM(SharpnessAware):
     r"""Sharpness-aware minimization: $e = \rho \, g / \|g\|$, with one L2 norm over all parameters.
 
+    State: none beside the base's. Cost: two passes; one copy of the weights.
+
     Args:
         params: Parameters, `(name, parameter)` pairs, or group dictionaries.
-        base: Makes the optimizer that descends, from parameters.
+        base: The optimizer that descends, a class or a callable that makes one from parameters.
         rho: Radius in weight space, L2, at least 0; 0.05 is the authors' value for CIFAR.
+        every: Perturb in every k-th step only.
+        base_options: Options of `base`.
 
     Example:
-        >>> from functools import partial
         >>> import torch
         >>> weight = torch.nn.Parameter(torch.tensor([3.0, 4.0]))
-        >>> optimizer = SAM([weight], base=partial(torch.optim.SGD, lr=0.1), rho=0.5)
+        >>> optimizer = SAM([weight], torch.optim.SGD, lr=0.1, rho=0.5)
         >>> weight.square().sum().div(2).backward()
         >>> with optimizer.perturbed():
         ...     weight.data
@@ -30,13 +38,15 @@ class SAM(SharpnessAware):
         Foret, Kleiner, Mobahi, Neyshabur. Sharpness-Aware Minimization for Efficiently Improving
         Generalization. ICLR 2021. arXiv 2010.01412, eq. (2).
 
-    Differs from the paper: weight decay belongs to the base optimizer and acts at w; the authors' code
+    Differs from the paper's code in: weight decay belongs to the base optimizer and acts at w; the authors' code
     puts it into the differentiated loss, where it also turns the direction of the ascent.
     """
 
-    def __init__(self, params: Params, base: BaseOptimizer, rho: float = 0.05) -> None:
-        super().__init__(params, base, rho)
+    def __init__(
+        self, params: Params, base: BaseOptimizer, rho: float = 0.05, every: int = 1, **base_options: Any
+    ) -> None:
+        super().__init__(params, base, rho, every, **base_options)
 
-    def displacement(self, weights: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
+    def displacement(self, weights: list[Tensor], grads: list[Tensor]) -> Sequence[Tensor]:
         """Gives g / ||g||."""
-        return divide_by_norm(grads, global_norm(grads))
+        return Scaled(grads, reciprocal(global_norm(grads)))

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from sam_lightning.optim import global_norm
-from sam_lightning.optim.base import check_radius
+from sam_lightning.optim.groups import check_radius
 from sam_lightning.optim.norms import divide_by_norm
 from sam_lightning.sharpness.objective import Loss, Objective, mean_over_parts, objective_of
 from sam_lightning.sharpness.scale import Adaptive

@@ -1,0 +1,102 @@
+"""Algebra over lists of tensors, which together are one vector, without waiting for an accelerator."""
+
+from collections.abc import Sequence
+from typing import overload
+
+import torch
+from torch import Tensor
+
+from sam_lightning.optim.norms import without_nan_
+from sam_lightning.optim.shards import whole
+
+_FUSED = (torch.float32, torch.float16, torch.bfloat16)  # its learning rate is a float32
+
+
+class Scaled(Sequence[Tensor]):
+    """factor * vectors, multiplied only where a single one is looked at: added to weights, they need no memory.
+
+    Args:
+        vectors: Any tensors; they are not changed.
+        factor: A number, or a 0-dimensional tensor where the host does not know it. 0 stands for "nothing", even
+            where a vector is not finite.
+    """
+
+    def __init__(self, vectors: Sequence[Tensor], factor: Tensor | float) -> None:
+        self.vectors = vectors
+        self.factor = factor
+
+    def __len__(self) -> int:
+        return len(self.vectors)
+
+    @overload
+    def __getitem__(self, index: int) -> Tensor: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> "Scaled": ...
+
+    def __getitem__(self, index: int | slice) -> "Tensor | Scaled":
+        if isinstance(index, slice):
+            return Scaled(self.vectors[index], self.factor)
+        zero = torch.zeros_like(self.vectors[index])
+        add_([zero], Scaled([self.vectors[index]], self.factor), 1.0)
+        return zero
+
+
+@torch.no_grad()
+def add_(targets: list[Tensor], vectors: Sequence[Tensor], factor: float) -> None:
+    """Targets += factor * vectors, in one multi-tensor operation where torch has it."""
+    if not targets:
+        return
+    scale: Tensor | float = factor
+    if isinstance(vectors, Scaled):
+        scale = factor * vectors.factor
+        vectors = vectors.vectors
+    vectors = list(vectors)
+    if not isinstance(scale, Tensor):
+        if scale == 0:
+            return
+        if abs(scale) <= torch.finfo(torch.float16).max or all(v.dtype is not torch.float16 for v in vectors):
+            torch._foreach_add_(targets, vectors, alpha=scale)
+        else:  # torch does not take such a number beside float16
+            torch._foreach_add_(targets, list(torch._foreach_mul(vectors, scale)))
+    elif _alike(targets + vectors):
+        # The only multi-tensor operation of torch that scales by what the host does not know, and that skips all of
+        # it by a flag: plain gradient descent.
+        torch._fused_sgd_(
+            targets,
+            vectors,
+            [],
+            weight_decay=0.0,
+            momentum=0.0,
+            lr=scale.float(),
+            dampening=0.0,
+            nesterov=False,
+            maximize=True,
+            is_first_step=True,
+            found_inf=(scale == 0).float(),
+        )
+    else:
+        scaled = list(torch._foreach_mul(vectors, scale))
+        without_nan_(scaled)
+        torch._foreach_add_(targets, scaled)
+
+
+def _alike(tensors: list[Tensor]) -> bool:
+    first = tensors[0]
+    return first.dtype in _FUSED and all(
+        t.dtype is first.dtype and t.device == first.device and not hasattr(t, "to_local") for t in tensors
+    )
+
+
+@torch.no_grad()
+def inner_product(a: list[Tensor], b: list[Tensor]) -> Tensor:
+    """<a, b> over all entries together, 0-dimensional, real; half precision is summed in float32.
+
+    Of sharded tensors, over all their shards: every process must call this.
+    """
+    products = []
+    for x, y in zip(a, b, strict=True):
+        product = (x * y.conj()).real if x.is_complex() else x * y
+        dtype = torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else None
+        products.append(product.sum(dtype=dtype).to(a[0].device))
+    return whole(torch.stack(products).sum()) if products else torch.zeros(())
