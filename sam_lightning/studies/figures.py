@@ -1,7 +1,7 @@
 """Figures of a study, for screen and print: colours that the colour-blind tell apart, and line styles besides."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import pandas as pd
@@ -15,6 +15,8 @@ from sam_lightning.studies.report import is_tested_every_epoch, validated
 from sam_lightning.studies.results import Results
 from sam_lightning.studies.sharpness import correlations
 from sam_lightning.studies.spec import Cell, Study, short
+
+Point: TypeAlias = tuple[tuple[str, Any], ...]  # of a grid
 
 # M. Okabe, K. Ito. Color Universal Design. 2008; yellow, which print loses, left out.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
@@ -151,29 +153,41 @@ def _curves(study: Study, epochs: pd.DataFrame, name: str, logarithmic: bool) ->
     points = list(dict.fromkeys(cell.point for cell in study.cells() if cell.label in set(epochs.cell)))
     figure, panels = _panels(len(points))
     for panel, point in zip(panels, points, strict=True):
-        for i, arm in enumerate(study.arms):
-            of_it = epochs[epochs.cell == Cell(arm, point).label]
-            if of_it.empty:
-                continue
-            by_epoch = of_it.groupby("epoch").value
-            mean, sd = by_epoch.mean(), by_epoch.std(ddof=1).fillna(0)
-            n = of_it.seed.nunique()
-            label = f"{arm} (n = {n})"
-            marker = "o" if len(mean) < 3 else None  # a single epoch is no line
-            panel.plot(mean.index, mean, label=label, color=_COLOURS[i % 6], linestyle=_LINES[i % 4], marker=marker)
-            low = mean - sd
-            if logarithmic:  # a band that reaches 0 has no place on this axis; it ends at the least value instead
-                low = low.where(low > 0, by_epoch.min())
-            panel.fill_between(mean.index, low, mean + sd, color=_COLOURS[i % 6], alpha=0.2, lw=0)
-        panel.set(xlabel="Epoch", yscale="log" if logarithmic else "linear")
-        panel.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-        if epochs.epoch.max() < 3:
-            panel.set_xlim(0.5, epochs.epoch.max() + 0.5)
+        draw_curves(panel, study, epochs, point, logarithmic)
         if len(points) > 1:
             panel.set_title(", ".join(f"{short(key).replace('_', ' ')} {value}" for key, value in point))
-        panel.legend()
     panels[0].set_ylabel(name)
     return figure
+
+
+def draw_curves(panel: Axes, study: Study, epochs: pd.DataFrame, point: Point = (), logarithmic: bool = False) -> None:
+    """Draws the `value` of each epoch into a panel, a line per arm: mean over seeds, band of one standard deviation.
+
+    Args:
+        panel: Where to draw.
+        study: Whose arms.
+        epochs: A row per run and epoch: `cell`, `seed`, `epoch`, `value`.
+        point: The point of the grid whose runs are drawn.
+        logarithmic: Whether the vertical axis is.
+    """
+    for i, arm in enumerate(study.arms):
+        of_it = epochs[epochs.cell == Cell(arm, point).label]
+        if of_it.empty:
+            continue
+        by_epoch = of_it.groupby("epoch").value
+        mean, sd = by_epoch.mean(), by_epoch.std(ddof=1).fillna(0)
+        label = f"{arm} (n = {of_it.seed.nunique()})"
+        marker = "o" if len(mean) < 3 else None  # a single epoch is no line
+        panel.plot(mean.index, mean, label=label, color=_COLOURS[i % 6], linestyle=_LINES[i % 4], marker=marker)
+        low = mean - sd
+        if logarithmic:  # a band that reaches 0 has no place on this axis; it ends at the least value instead
+            low = low.where(low > 0, by_epoch.min())
+        panel.fill_between(mean.index, low, mean + sd, color=_COLOURS[i % 6], alpha=0.2, lw=0)
+    panel.set(xlabel="Epoch", yscale="log" if logarithmic else "linear")
+    panel.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    if epochs.epoch.max() < 3:
+        panel.set_xlim(0.5, epochs.epoch.max() + 0.5)
+    panel.legend()
 
 
 def _panels(count: int) -> tuple[Figure, list[Axes]]:
