@@ -15,6 +15,9 @@ from sam_lightning.studies.sharpness import rows_of
 from sam_lightning.studies.spec import Study, StudyError
 
 _BINS = 100
+# How pandas reads back the floats that it wrote; from 3.1 on it does so by itself, and deprecates the option.
+_PANDAS = tuple(int(part) for part in pd.__version__.split(".")[:2])
+_EXACTLY: dict[str, Any] = {} if _PANDAS >= (3, 1) else {"float_precision": "round_trip"}
 
 
 @dataclass(frozen=True)
@@ -91,7 +94,7 @@ def read(folder: Path) -> Results:
     for table in fields(Results):
         path = folder / f"{table.name}.csv"
         if path.is_file():
-            frames[table.name] = pd.read_csv(path, float_precision="round_trip")
+            frames[table.name] = pd.read_csv(path, **_EXACTLY)
     if not {"runs", "epochs"} <= frames.keys():
         raise StudyError(f"no results in {folder}: runs.csv and epochs.csv of a report are expected there.")
     return Results(**{"weights": pd.DataFrame(), **frames})
