@@ -1,11 +1,14 @@
 """`sam-lightning study run | report`."""
 
 import argparse
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any, NoReturn
 
 from sam_lightning.runs.extras import MissingExtraError, require
+from sam_lightning.runs.suggest import did_you_mean
 from sam_lightning.studies.spec import StudyError, load
 
 _SETTINGS = (
@@ -41,15 +44,52 @@ def main(args: Sequence[str]) -> int:
         sys.exit(f"sam-lightning: error: {error}")
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line, with the nearest name."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        """Refuses what it does not know here, where the command's own options are known."""
+        options, unknown = super().parse_known_args(args, namespace)
+        for word in unknown:
+            if not word.startswith("-"):
+                self.error(f"{word} is too much.")
+            known = [name for action in self._actions for name in action.option_strings]
+            self.error(f"{word}: there is no such option{did_you_mean(word, known) or f'. It has {_list(known)}.'}")
+        return options, unknown
+
+    def error(self, message: str) -> NoReturn:
+        """Raises a StudyError instead of printing the usage."""
+        name = self.prog.removeprefix("sam-lightning ")
+        if "required: study" in message:
+            message = "needs a study: a file or one of the packaged ones, which `sam-lightning configs` lists."
+        elif "required: run" in message:
+            message = "needs a command: run or report."
+        elif found := re.match(r"argument (\S+): invalid choice: '([^']*)'", message):
+            names = ((action, (action.metavar, *action.option_strings)) for action in self._actions)
+            choices = next(action.choices for action, its in names if found[1] in its)
+            if found[1].startswith("-"):
+                message = f"{found[1]}: must be {' or '.join(choices or ())}, got {found[2]}."
+            else:
+                near = did_you_mean(found[2], choices or ())
+                message = f"{found[2]}: there is no such command{near or f': give {_list(choices)}.'}"
+        else:
+            message = message.removeprefix("argument ").replace("expected one argument", "needs a value.")
+        raise StudyError(f"{name} {message}")
+
+
+def _list(names: Iterable[str] | None) -> str:
+    return ", ".join(names or ())
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="sam-lightning study", allow_abbrev=False)
+    parser = _Parser(prog="sam-lightning study", allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True, metavar="run|report")
     run = commands.add_parser("run", help="execute what is missing of a study, then report")
     report = commands.add_parser("report", help="tables and figures of what is there")
     for command in (run, report):
         command.allow_abbrev = False
         command.epilog = _SETTINGS
-        command.add_argument("study", help="a study file, or the name of one in configs/studies")
+        command.add_argument("study", help="a study file, or the name of a packaged study, such as quickstart")
         command.add_argument("--root", type=Path, default=Path("runs"), help="where runs are written (default: runs)")
     run.add_argument("--dry-run", action="store_true", help="print each run as a fit command; train nothing")
     run.add_argument("--only", action="append", default=[], metavar="KEY=VALUE,...", help="a part: arm, seed, grid key")

@@ -2,15 +2,15 @@
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sam_lightning.runs.directory import FREE_OF_CONSEQUENCE
-from sam_lightning.studies.spec import Cell, Study, StudyError, read_yaml, short, word_of
+from sam_lightning.runs import configs
+from sam_lightning.runs.settings import FREE_OF_CONSEQUENCE
+from sam_lightning.studies.spec import FOLDER, Cell, Study, StudyError, read_yaml, short, word_of
 
 # What the directory of a finished run holds besides what `fit` writes.
 RESULT = "result.json"
@@ -92,8 +92,8 @@ def _run(study: Study, cell: Cell, seed: int, layers: list[Path]) -> Run:
     settings = {key: word_of(value) for key, value in {**arm.set, **dict(cell.point), **study.overrides}.items()}
     words = ["fit"]
     for layer in layers:
-        words += ["-c", str(layer)]
-    words += ["--model.optimizer", str(optimizer)]
+        words += ["-c", configs.as_typed(layer)]
+    words += ["--model.optimizer", configs.as_typed(optimizer)]
     for key, value in settings.items():
         words += [f"--{key}", value]
     words += ["--seed_everything", str(seed)]
@@ -111,10 +111,14 @@ def _run(study: Study, cell: Cell, seed: int, layers: list[Path]) -> Run:
 
 
 def _file(study: Study, name: str, key: str) -> Path:
-    path = Path(os.path.relpath(study.path.parent / name))
-    if not path.is_file():
-        raise StudyError(f"{study.path}: {key}: no such file: {path}.")
-    return path
+    """A file that the study names, relative to the study file or among the packaged ones."""
+    path = study.path.parent / name
+    if path.is_file():
+        return path
+    found = configs.packaged(name, FOLDER)
+    if found is None:
+        raise StudyError(f"{study.path}: {key}: {configs.no_such_file(name)}")
+    return found
 
 
 def _properties(run: Run) -> dict[str, str]:

@@ -11,7 +11,10 @@ from typing import Any, Literal
 import jsonargparse
 import yaml
 
-FOLDER = Path("configs/studies")
+from sam_lightning.runs import configs
+from sam_lightning.runs.suggest import did_you_mean
+
+FOLDER = "studies"  # of the packaged configurations
 
 
 class StudyError(ValueError):
@@ -102,16 +105,21 @@ def load(which: str, overrides: Mapping[str, str] | None = None) -> Study:
     """Reads a study.
 
     Args:
-        which: Path of its file, or the name of a file in `configs/studies`.
+        which: Path of its file, or the name of one in `configs/studies` here or among the packaged files.
         overrides: Settings of every run by dotted name.
 
     Raises:
         StudyError: If the file cannot be meant; the message names file and key.
     """
-    candidates = [Path(which), FOLDER / f"{which}.yaml"]
-    path = next((path for path in candidates if path.is_file()), None)
+    here = Path("configs", FOLDER)
+    local = [Path(which), here / f"{which}.yaml"]
+    path = next((path for path in local if path.is_file()), None)
+    path = path or configs.packaged(which, FOLDER) or configs.packaged(f"{which}.yaml", FOLDER)
     if path is None:
-        raise StudyError(f"no study {which}: neither {candidates[0]} nor {candidates[1]} is a file.")
+        known = [name.removeprefix(f"{FOLDER}/") for name in configs.names() if name.startswith(f"{FOLDER}/")]
+        known = sorted({*known, *(file.name for folder in (here, Path()) for file in folder.glob("*.yaml"))})
+        near = did_you_mean(which, [Path(name).stem for name in known])
+        raise StudyError(f"no study {which}: it is neither a file nor one of the packaged studies{near or '.'}")
     study = replace(_parse(path), path=path, overrides=overrides or {})
     _check(study)
     return study

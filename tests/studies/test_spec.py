@@ -43,8 +43,8 @@ def test_a_is_a_part_of_b():
 def test_a_name_finds_the_file(monkeypatch):
     monkeypatch.chdir(ROOT)
     assert load("quickstart") == load("configs/studies/quickstart.yaml")
-    with pytest.raises(StudyError, match=r"no study quick: neither quick nor configs/studies/quick.yaml is a file"):
-        load("quick")
+    with pytest.raises(StudyError, match=r"no study quickstrat: .*; did you mean quickstart\?"):
+        load("quickstrat")
 
 
 def test_a_run_is_told_by_its_content(tmp_path):
