@@ -4,7 +4,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.utils.tensorboard.summary import hparams
 
 from sam_lightning.callbacks.tensorboard import tensorboards
-from sam_lightning.runs.directory import flatten
+from sam_lightning.runs.settings import flatten
 
 
 class HyperparameterPage(Callback):

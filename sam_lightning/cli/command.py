@@ -7,46 +7,35 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning_utilities.core.rank_zero import rank_zero_only
 
 from sam_lightning.callbacks import EpochHistory, HyperparameterPage, LastCheckpoint, RandomStates
 from sam_lightning.cli.measuring import MeasuringTrainer
 from sam_lightning.cli.memory import keep_freed_memory
 from sam_lightning.cli.messages import SettingsError, explain, is_from_users_code
+from sam_lightning.cli.objects import refuse_objects, with_class_paths
+from sam_lightning.cli.outcome import print_outcome, save_predictions, say_how_to_go_on
+from sam_lightning.cli.parsing import parse
+from sam_lightning.cli.run_files import RunFiles, compare_with_checkpoint
 from sam_lightning.models import ImageClassifier  # noqa: F401  # so that --model ImageClassifier is found
 from sam_lightning.runs.checkpoint_io import AtomicCheckpointIO
-from sam_lightning.runs.directory import (
-    CHECKPOINTS,
-    CONFIG,
-    CheckpointError,
-    differences,
-    find_checkpoint,
-    hparams_of,
-    read_checkpoint,
-    run_name,
-    with_run_config,
-    write_config,
-)
+from sam_lightning.runs.configs import with_packaged_files
+from sam_lightning.runs.directory import CHECKPOINTS, find_checkpoint, run_name, with_run_config
+from sam_lightning.runs.fresh_start import replaceable
+from sam_lightning.runs.settings import hparams_of
 from sam_lightning.training.module import SharpnessAwareModule
 
 STRICT = {"allow_abbrev": False}
-EPILOG = "Studies, many runs and their report: sam-lightning study --help"
-
-
-class RunConfig(SaveConfigCallback):
-    """Writes the configuration of a training into its run directory."""
-
-    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Writes it, without `ckpt_path`: which checkpoint a command starts from is not part of the run."""
-        if stage == "fit":
-            config = self.config.clone()
-            config.pop("ckpt_path", None)
-            write_config(Path(trainer.default_root_dir), self.parser.dump(config, skip_none=False))
+TOP = {
+    "prog": "sam-lightning",
+    "exit_on_error": False,  # our own messages
+    "epilog": "Two more commands: sam-lightning study --help, sam-lightning configs --help",
+}
 
 
 class CLI(LightningCLI):
@@ -64,7 +53,9 @@ class CLI(LightningCLI):
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
-        if subcommand != "fit":  # Lightning would evaluate an untrained network without a word
+        if subcommand == "fit":
+            parser.add_argument("--overwrite", action="store_true", help="Replace an equal run in the run directory.")
+        else:  # Lightning would evaluate an untrained network without a word
             parser.set_defaults({"ckpt_path": "last"})
         if subcommand in ("validate", "test"):
             parser.set_defaults({"verbose": False})  # the report says it
@@ -72,8 +63,8 @@ class CLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parses; a command that names a run and no configuration gets the run's own."""
-        arguments = with_run_config(sys.argv[1:] if args is None else list(args))
-        self.config = parser.parse_args(arguments)
+        words = with_run_config(with_packaged_files(sys.argv[1:] if args is None else args))
+        self.config = parse(parser, words, self._subcommand_parsers)
 
     def _parse_ckpt_path(self) -> None:
         """Lightning lets a checkpoint's hyperparameters override the command line; here they do not."""
@@ -84,28 +75,17 @@ class CLI(LightningCLI):
         if config.trainer.default_root_dir is None:
             config.trainer.default_root_dir = str(Path("runs") / run_name(config))
         self.run = Path(config.trainer.default_root_dir)
+        self._replaced: list[Path] = []  # files of an earlier run
+        for key in ("model", "data"):
+            config[key] = with_class_paths(config[key])
+        self._dump_config()
+        refuse_objects(self.config_dump)
         if config.ckpt_path:
             path = find_checkpoint(self.run, config.ckpt_path)
             config.ckpt_path = str(path)
-            self._compare_settings(path)
-
-    def _compare_settings(self, path: Path) -> None:
-        """Refuses to resume with other settings than the checkpoint's; names them before an evaluation.
-
-        A resumed run restores its optimizer and goes on with its data: what was typed anew would be
-        overridden unseen, or change the run in its middle.
-        """
-        self._dump_config()
-        found = differences(read_checkpoint(path), self.config_dump, path.parent.parent / CONFIG)
-        if not found:
-            return
-        message = f"{path} was trained with other settings:\n  " + "\n  ".join(found)
-        if self.subcommand == "fit":
-            raise CheckpointError(
-                f"{message}\nResume with the run's own (fit --ckpt_path {path.parent.parent}), or start a new run "
-                "without --ckpt_path."
-            )
-        print(f"sam-lightning: note: {message}", file=sys.stderr)
+            compare_with_checkpoint(path, self.config_dump, is_resumed=self.subcommand == "fit")
+        elif self.subcommand == "fit" and not config.trainer.fast_dev_run:
+            self._replaced = replaceable(self.run, self.config_dump, config.overwrite)
 
     def instantiate_classes(self) -> None:
         """Builds model, data and trainer, and the optimizer once: its errors come before the data's load."""
@@ -116,7 +96,7 @@ class CLI(LightningCLI):
             own = type(self.model).configure_optimizers is not SharpnessAwareModule.configure_optimizers
             if self.subcommand == "fit" and not own and list(self.model.parameters()):
                 self.model.configure_optimizers()
-        except ValueError as error:
+        except (ValueError, MisconfigurationException) as error:
             if is_from_users_code(error):
                 raise
             raise SettingsError(str(error)) from error
@@ -125,7 +105,9 @@ class CLI(LightningCLI):
         for key, module in (("model", self.model), ("data", self.datamodule)):
             if module is not None:
                 instantiator = {"_instantiator": "lightning.pytorch.cli.instantiate_module"}
-                module.save_hyperparameters({**hparams_of(self.config_dump[key]), **instantiator})
+                hparams = {**hparams_of(self.config_dump[key]), **instantiator}
+                # Lightning's logger refuses two modules with an argument of one name; the model's suffice there.
+                module.save_hyperparameters(hparams, logger=key == "model")
 
     def _refuse_options_of_automatic_optimization(self) -> None:
         """Lightning would advise to switch to automatic optimization, which cannot run SAM."""
@@ -138,65 +120,53 @@ class CLI(LightningCLI):
                 if value != usual:
                     raise ValueError(f"--trainer.{option} {value} does not apply here: use {instead}.")
 
-    def fit(self, **kwargs: Any) -> None:
-        """Trains; says how to go on after an interruption."""
-        try:
-            self.trainer.fit(**kwargs)
-        except SystemExit:  # what Lightning makes of Ctrl-C
-            saved = any((self.run / CHECKPOINTS).glob("*.ckpt"))
-            how = (
-                f"go on with: sam-lightning fit --ckpt_path {self.run}"
-                if saved
-                else "no epoch was finished, none saved"
-            )
-            print(f"interrupted: {how}", file=sys.stderr)
-            raise
-
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Builds the trainer, with TensorBoard in the run directory unless another logger is configured."""
+        """Builds the trainer; logs and checkpoints go into the run directory unless another place is configured."""
         if self._get(self.config_init, "trainer.logger") in (None, True):
             kwargs["logger"] = TensorBoardLogger(self.run, name="", version="", default_hp_metric=False)
         trainer = super().instantiate_trainer(**kwargs)
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # the default: none was configured
             trainer.strategy.checkpoint_io = AtomicCheckpointIO()
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by a part of the trainer
         if trainer.checkpoint_callbacks:  # behind the others: what it saves names their newest files
-            in_shards = getattr(trainer.strategy, "_save_distributed_checkpoint", False)
-            trainer.callbacks.append(LastCheckpoint(in_shards))  # type: ignore[attr-defined]  # of a part of the trainer
+            callbacks.append(LastCheckpoint(getattr(trainer.strategy, "_save_distributed_checkpoint", False)))
+        for callback in trainer.checkpoint_callbacks:  # otherwise they follow the logger, wherever that is
+            if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
+                callback.dirpath = str(self.run / CHECKPOINTS)
+        if self.subcommand == "fit" and not self._get(self.config_init, "trainer.fast_dev_run"):
+            callbacks.insert(0, RunFiles(self.run, self._own_config(), self._replaced))
         return trainer
+
+    def _own_config(self) -> str:
+        """The run's configuration: how a command starts, from which checkpoint or over which run, is no part of it."""
+        config = self.config["fit"].clone()
+        for key in ("ckpt_path", "overwrite"):
+            config.pop(key, None)
+        return str(self._parser("fit").dump(config, skip_none=False))
+
+    def fit(self, **kwargs: Any) -> None:
+        """Trains; says how to go on after an interruption."""
+        try:
+            self.trainer.fit(**kwargs)
+        except SystemExit:  # what Lightning makes of Ctrl-C
+            say_how_to_go_on(self.run)
+            raise
 
     def after_fit(self) -> None:
         """Says what came out and where it is."""
-        self._report()
+        print_outcome(self.trainer, self.run, evaluated=None)
 
     def after_validate(self) -> None:
         """Says what came out and where it is."""
-        self._report()
+        print_outcome(self.trainer, self.run, self.config[self.subcommand].ckpt_path)
 
     def after_test(self) -> None:
         """Says what came out and where it is."""
-        self._report()
+        print_outcome(self.trainer, self.run, self.config[self.subcommand].ckpt_path)
 
     def after_predict(self) -> None:
-        """Saves what this process predicted: the outputs of `predict_step`, a list with one entry per batch."""
-        share = f"-rank{self.trainer.global_rank}" if self.trainer.world_size > 1 else ""
-        path = self.run / f"predictions{share}.pt"
-        self.run.mkdir(parents=True, exist_ok=True)
-        torch.save(self.trainer.predict_loop.predictions, path)
-        print(f"{'predictions':<15}{path}")
-
-    @rank_zero_only
-    def _report(self) -> None:
-        metrics = self.trainer.callback_metrics
-        for name in sorted(metrics):
-            if name.partition("/")[0] in ("val", "test"):
-                print(f"{name.replace('/', ' '):<15}{metrics[name].item():.4f}")
-        if self.subcommand != "fit":
-            print(f"{'checkpoint':<15}{self.config[self.subcommand].ckpt_path}")
-        print(f"{'run':<15}{self.run}")
-        checkpoints = sorted((self.run / CHECKPOINTS).glob("*.ckpt"))
-        if checkpoints:
-            print(f"{'checkpoints':<15}{self.run / CHECKPOINTS}: {', '.join(path.name for path in checkpoints)}")
-        print(f"{'tensorboard':<15}tensorboard --host 127.0.0.1 --logdir {self.run}")
+        """Saves what was predicted."""
+        save_predictions(self.trainer, self.run)
 
 
 def main(args: list[str] | None = None, callbacks: Iterable[Callback] = ()) -> CLI:
@@ -223,9 +193,8 @@ def main(args: list[str] | None = None, callbacks: Iterable[Callback] = ()) -> C
             auto_configure_optimizers=False,
             seed_everything_default=1,
             # Otherwise --trainer.max_epoch is taken for max_epochs, today.
-            parser_kwargs={**{key: STRICT for key in CLI.subcommands()}, **STRICT, "epilog": EPILOG},
-            save_config_callback=RunConfig,
-            save_config_kwargs={"save_to_log_dir": False},
+            parser_kwargs={**{key: STRICT for key in CLI.subcommands()}, **STRICT, **TOP},
+            save_config_callback=None,  # RunFiles
             trainer_defaults={"callbacks": [RandomStates(), EpochHistory(), HyperparameterPage(), *callbacks]},
             args=args,
         )

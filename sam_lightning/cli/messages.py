@@ -7,10 +7,12 @@ from pathlib import Path
 
 import torch
 
+import sam_lightning
 from sam_lightning.cli.measuring import MeasureError
 from sam_lightning.data import DataError
 from sam_lightning.runs.directory import CheckpointError
 from sam_lightning.runs.extras import MissingExtraError
+from sam_lightning.runs.fresh_start import RunExistsError
 from sam_lightning.training.manual import DivergedError
 from sam_lightning.training.strategies import StrategyError
 
@@ -28,6 +30,7 @@ _SAY_IT_THEMSELVES = (
     DivergedError,
     MeasureError,
     MissingExtraError,
+    RunExistsError,
     SettingsError,
     StrategyError,
 )
@@ -38,7 +41,10 @@ def is_from_users_code(error: BaseException) -> bool:
     while (cause := error.__cause__ or error.__context__) is not None:
         error = cause
     frames = traceback.extract_tb(error.__traceback__)
-    folders = {str(Path(__file__).parent), *(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib"))}
+    folders = {
+        str(Path(sam_lightning.__file__).parent),
+        *(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")),
+    }
     return bool(frames) and not frames[-1].filename.startswith((*folders, "<"))
 
 

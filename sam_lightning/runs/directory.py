@@ -1,22 +1,16 @@
 """The directory of one run: its configuration, its checkpoints, and which of them is meant."""
 
 import sys
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from sam_lightning.runs.files import replacing
 
 CONFIG = "config.yaml"
 CHECKPOINTS = "checkpoints"
 SHARDED = "meta.pt"  # in a checkpoint that is a folder of shards: all but the tensors, written last
-# Where data lie and how they are read does not change what is trained.
-FREE_OF_CONSEQUENCE = {"root", "num_workers", "download", "eval_batch_size"}
-# Of the trainer's settings, those that change what is trained or which epoch is the best.
-_OF_THE_TRAINER = ("precision", "limit_train_batches", "limit_val_batches", "overfit_batches")
 
 
 class CheckpointError(RuntimeError):
@@ -95,40 +89,6 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     return content
 
 
-def differences(checkpoint: Mapping[str, Any], config: Mapping[str, Any], run_config: Path) -> list[str]:
-    """The settings of model, data and seed, and those of the trainer that change what is trained, that differ.
-
-    Args:
-        checkpoint: Content of the checkpoint.
-        config: The command's configuration.
-        run_config: The configuration file of the checkpoint's run, if there is one.
-    """
-    there: dict[str, Any] = {}
-    here: dict[str, Any] = {}
-    for key, saved in (("model", "hyper_parameters"), ("data", "datamodule_hyper_parameters")):
-        if checkpoint.get(saved):
-            there[key], here[key] = checkpoint[saved], hparams_of(config.get(key))
-    if run_config.is_file():
-        for tree, source in ((there, yaml.safe_load(run_config.read_text())), (here, config)):
-            tree["seed_everything"] = source.get("seed_everything")
-            trainer = source.get("trainer", {})
-            tree["trainer"] = {key: trainer.get(key) for key in _OF_THE_TRAINER}
-            tree["trainer"]["precision"] = trainer.get("precision") or "32-true"
-    a, b = dict(flatten(there)), dict(flatten(here))
-    return [
-        f"{key}: {a.get(key, 'not set')} in the checkpoint, {b.get(key, 'not set')} here"
-        for key in sorted({**a, **b})
-        if a.get(key) != b.get(key) and key.rpartition(".")[2] not in FREE_OF_CONSEQUENCE
-    ]
-
-
-def hparams_of(config: Mapping[str, Any] | None) -> dict[str, Any]:
-    """A configured class as one flat dictionary, in Lightning's own form for checkpoints."""
-    if not config:
-        return {}
-    return {"_class_path": config["class_path"], **config.get("init_args", {}), **config.get("dict_kwargs", {})}
-
-
 def write_config(run: Path, text: str) -> None:
     """Writes the run's configuration; one that it replaces is kept under a number."""
     path = run / CONFIG
@@ -139,17 +99,6 @@ def write_config(run: Path, text: str) -> None:
         path.rename(run / f"config.{number}.yaml")
     with replacing(path) as draft:
         draft.write_text(text)
-
-
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted key, value) of every leaf, without Lightning's note on how to rebuild a module."""
-    for key, value in tree.items():
-        if key == "_instantiator":
-            continue
-        if isinstance(value, Mapping):
-            yield from flatten(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def with_run_config(args: list[str]) -> list[str]:

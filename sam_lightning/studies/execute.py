@@ -23,8 +23,9 @@ from sam_lightning.callbacks import EpochHistory, WeightHistograms
 from sam_lightning.callbacks.sharpness_monitor import SharpnessMonitor
 from sam_lightning.cli import CLI, main
 from sam_lightning.optim import SharpnessAware
-from sam_lightning.runs.directory import CHECKPOINTS, read_checkpoint
+from sam_lightning.runs.directory import read_checkpoint
 from sam_lightning.runs.files import replacing
+from sam_lightning.runs.fresh_start import has_checkpoints
 from sam_lightning.studies.runs import RESULT, WEIGHTS
 
 C = TypeVar("C", bound=Callback)
@@ -46,9 +47,9 @@ def execute(words: Sequence[str], directory: Path, callbacks: Iterable[Callback]
     with _alone_in(directory):
         if (directory / RESULT).is_file():
             return
-        resume = ["--ckpt_path", "last"] if any((directory / CHECKPOINTS).glob("*.ckpt")) else []
+        how = ["--ckpt_path", "last"] if has_checkpoints(directory) else ["--overwrite"]
         where = ["--trainer.default_root_dir", str(directory)]
-        cli = main([*words, *where, *_QUIET, *resume], callbacks)
+        cli = main([*words, *where, *_QUIET, *how], callbacks)
         _save_weights(cli.trainer, cli.model, directory)  # before the best checkpoint is loaded for its test
         result = {**_outcome(cli), "command": [*words, *where], "conditions": _conditions(cli.trainer)}
         with replacing(directory / RESULT) as draft:

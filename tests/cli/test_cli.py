@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from lightning.pytorch import LightningDataModule
+from lightning.pytorch import Callback, LightningDataModule
 from lightning.pytorch.cli import OptimizerCallable
 
 from commands import BASE, QUICK, ROOT, fails, fit
@@ -54,13 +54,6 @@ def test_checkpoints_are_written_atomically():
     assert isinstance(fit().trainer.strategy.checkpoint_io, AtomicCheckpointIO)
 
 
-def test_help_names_studies_too(capsys):
-    with pytest.raises(SystemExit) as exit_:
-        main(["--help"])
-    assert exit_.value.code == 0
-    assert "sam-lightning study --help" in capsys.readouterr().out
-
-
 def test_the_last_epoch_is_kept_even_if_no_epoch_was_better_than_the_first():
     the_first_is_best = ["--trainer.callbacks.monitor", "train/loss_epoch"]  # the largest, as of accuracies
     fit(*the_first_is_best, epochs=3)
@@ -82,20 +75,95 @@ def test_a_run_directory_is_enough(capsys):
     assert not Path("elsewhere").exists()
 
 
-def test_commands_can_be_repeated_in_one_directory():
+def names(folder):
+    return {path.name for path in Path(folder).iterdir()}
+
+
+def test_another_run_in_the_same_directory_is_refused_and_the_difference_named(capsys):
     fit()
-    first = Path("runs/digits-sam-seed1/config.yaml").read_text()
+    run = Path("runs/digits-sam-seed1")
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    words = ["fit", *BASE, "--model.optimizer", f"{ROOT}/configs/optimizers/sam.yaml", *QUICK]
+    for more in ([], ["--overwrite"]):
+        said = fails(capsys, *words, "--model.label_smoothing", "0.1", *more)
+        assert "runs/digits-sam-seed1 holds a run with other settings:" in said
+        assert "  model.label_smoothing: 0.0 there, 0.1 here\n" in said
+        assert "--trainer.default_root_dir DIR" in said
+        assert "seed_everything: 1 there, 2 here" in fails(
+            capsys, "fit", "-c", str(run / "config.yaml"), "--seed_everything", "2", *more
+        )
+    said = fails(capsys, *words, "--trainer.max_epochs", "3")
+    assert "holds this run already" in said
+    assert "sam-lightning fit --ckpt_path runs/digits-sam-seed1\n" in said
+    assert "--overwrite" in said
+    assert len(said.splitlines()) <= 6  # with the note of the seed
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+    fit("--trainer.default_root_dir", "elsewhere", "--model.label_smoothing", "0.1")
+    fit("--trainer.fast_dev_run", "1", epochs=9)  # writes nothing
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+def test_an_equal_run_is_replaced_on_demand_and_other_files_stay():
+    run = Path("runs/digits-sam-seed1")
+    fit(epochs=2)
+    first = names(run)
+    Path(run, "notes.txt").write_text("mine")
+    Path(run, "sharpness.json").write_text("{}")  # of the old weights
+    again = fit("--overwrite", epochs=1)
+    assert read_checkpoint(run / "checkpoints/last.ckpt")["epoch"] == 0
+    assert names(run / "checkpoints") == {"best.ckpt", "last.ckpt"}
+    kept = names(run) - {"notes.txt"}
+    assert len(kept) == len(first)
+    assert {name for name in kept if "events" not in name} == {name for name in first if "events" not in name}
+    assert "overwrite" not in (run / "config.yaml").read_text()
+    main(["fit", "--ckpt_path", str(run), "--trainer.max_epochs", "2"])
+    assert again.run == run
+
+
+class Fails(Callback):
+    """Ends a training at one of its hooks; sees what is there then."""
+
+    def __init__(self, hook):
+        def fail(*_):
+            raise ZeroDivisionError(hook)
+
+        setattr(self, hook, fail)
+
+
+@pytest.mark.parametrize("hook", ["on_fit_start", "on_sanity_check_start"])
+def test_what_a_run_saved_stays_where_it_is_if_the_one_that_replaces_it_does_not_start(hook):
     fit()
-    assert not Path("runs/digits-sam-seed1/config.1.yaml").exists()
-    fit("--model.label_smoothing", "0.1")
-    assert Path("runs/digits-sam-seed1/config.1.yaml").read_text() == first
-    assert "label_smoothing: 0.1" in Path("runs/digits-sam-seed1/config.yaml").read_text()
-    for _ in range(2):
-        tested = main(["test", "--ckpt_path", "runs/digits-sam-seed1"])
-    assert tested.config.test.ckpt_path.endswith("last-v2.ckpt")  # the newest; the others are still there
-    kept = {path.name for path in Path("runs/digits-sam-seed1/checkpoints").iterdir()}
-    assert kept == {f"{name}{version}.ckpt" for name in ("best", "last") for version in ("", "-v1", "-v2")}
-    assert "label_smoothing: 0.1" in Path("runs/digits-sam-seed1/config.yaml").read_text()
+    run = Path("runs/digits-sam-seed1")
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    words = ["fit", *BASE, "--model.optimizer", f"{ROOT}/configs/optimizers/sam.yaml", *QUICK, "--overwrite"]
+    with pytest.raises(ZeroDivisionError):
+        main([*words, "--trainer.num_sanity_val_steps", "1"], [Fails(hook)])
+    assert before.items() <= {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}.items()
+
+
+def test_what_a_run_saved_is_set_aside_until_the_one_that_replaces_it_has_saved_something():
+    fit()
+    run = Path("runs/digits-sam-seed1")
+    saved = (run / "checkpoints/last.ckpt").read_bytes()
+    words = ["fit", *BASE, "--model.optimizer", f"{ROOT}/configs/optimizers/sam.yaml", *QUICK]
+    for more, expected in ((["--overwrite"], {"replaced-1"}), ([], {"replaced-1", "replaced-2"})):
+        with pytest.raises(ZeroDivisionError):
+            main([*words, *more], [Fails("on_train_batch_start")])
+        assert (run / "replaced-1/checkpoints/last.ckpt").read_bytes() == saved
+        assert {name for name in names(run) if name.startswith("replaced")} == expected
+        assert not (run / "checkpoints").exists()
+    fit()  # nothing is there that would have to be named
+    assert not any(name.startswith("replaced") for name in names(run))
+    assert names(run / "checkpoints") == {"best.ckpt", "last.ckpt"}
+
+
+def test_checkpoints_that_are_nobodys_are_not_trained_into(capsys):
+    Path("mine/checkpoints").mkdir(parents=True)
+    Path("mine/checkpoints/a.ckpt").write_bytes(b"kept")
+    words = ["fit", *BASE, "--model.optimizer", f"{ROOT}/configs/optimizers/sam.yaml", *QUICK]
+    said = fails(capsys, *words, "--trainer.default_root_dir", "mine", "--overwrite")
+    assert "mine holds checkpoints and no config.yaml" in said
+    assert names("mine/checkpoints") == {"a.ckpt"}
 
 
 def test_what_was_typed_is_what_runs(capsys):
@@ -221,11 +289,11 @@ def test_a_users_own_module_and_data(capsys):
         [
             "fit",
             "--model",
-            "test_cli.OwnModule",
+            f"{__name__}.OwnModule",
             "--model.width",
             "5",
             "--data",
-            "test_cli.OwnData",
+            f"{__name__}.OwnData",
             *QUICK[:6],
             "--model.optimizer",
             f"{ROOT}/configs/optimizers/sam.yaml",
