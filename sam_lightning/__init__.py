@@ -4,6 +4,28 @@ Importing this package imports torch and never Lightning; what needs Lightning l
 `sharpness`, `sam_lightning.training` first of all.
 """
 
-from sam_lightning.optim import ASAM, SAM, SharpnessAware
+from sam_lightning.optim import (
+    ASAM,
+    GSAM,
+    MSAM,
+    SAM,
+    WSAM,
+    FriendlySAM,
+    LookSAM,
+    SharpnessAware,
+    VaSSO,
+    norm_layers_only,
+)
 
-__all__ = ["ASAM", "SAM", "SharpnessAware"]
+__all__ = [
+    "ASAM",
+    "GSAM",
+    "MSAM",
+    "SAM",
+    "WSAM",
+    "FriendlySAM",
+    "LookSAM",
+    "SharpnessAware",
+    "VaSSO",
+    "norm_layers_only",
+]

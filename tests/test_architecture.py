@@ -72,7 +72,18 @@ def test_tables_and_figures_know_no_torch(name):
 
 
 def test_public_names():
-    assert sam_lightning.__all__ == ["ASAM", "SAM", "SharpnessAware"]
+    assert sam_lightning.__all__ == [
+        "ASAM",
+        "GSAM",
+        "MSAM",
+        "SAM",
+        "WSAM",
+        "FriendlySAM",
+        "LookSAM",
+        "SharpnessAware",
+        "VaSSO",
+        "norm_layers_only",
+    ]
 
 
 def test_files_fit_in_the_head():

@@ -1,9 +1,30 @@
-"""Sharpness-aware optimizers: one shell around any torch optimizer, one formula per variant."""
+"""Sharpness-aware optimizers: one shell around any torch optimizer, one formula per method. Knows torch only."""
 
 from sam_lightning.optim.asam import ASAM
 from sam_lightning.optim.base import SharpnessAware
+from sam_lightning.optim.friendly_sam import FriendlySAM
 from sam_lightning.optim.groups import BaseOptimizer, Params
+from sam_lightning.optim.gsam import GSAM
+from sam_lightning.optim.look_sam import LookSAM
+from sam_lightning.optim.msam import MSAM
+from sam_lightning.optim.norm_layers import norm_layers_only
 from sam_lightning.optim.norms import global_norm
 from sam_lightning.optim.sam import SAM
+from sam_lightning.optim.vasso import VaSSO
+from sam_lightning.optim.wsam import WSAM
 
-__all__ = ["ASAM", "SAM", "BaseOptimizer", "Params", "SharpnessAware", "global_norm"]
+__all__ = [
+    "ASAM",
+    "GSAM",
+    "MSAM",
+    "SAM",
+    "WSAM",
+    "BaseOptimizer",
+    "FriendlySAM",
+    "LookSAM",
+    "Params",
+    "SharpnessAware",
+    "VaSSO",
+    "global_norm",
+    "norm_layers_only",
+]

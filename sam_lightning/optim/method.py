@@ -64,7 +64,8 @@ class Method(ABC):
 
     def recall(self, weights: list[Tensor]) -> list[Tensor]:
         """The memory of each of the weights, zeros where there is none yet; not to be changed."""
-        return [self.state.get(w, {}).get(self.memory, torch.zeros_like(w)) for w in weights]
+        found = [self.state.get(weight, {}).get(self.memory) for weight in weights]
+        return [torch.zeros_like(w) if m is None else m for w, m in zip(weights, found, strict=True)]
 
     def can_move(self, weight: Tensor) -> bool:
         """Whether a parameter is among the weights of `displacement`: by default, if it has a gradient."""

@@ -96,7 +96,8 @@ def inner_product(a: list[Tensor], b: list[Tensor]) -> Tensor:
     """
     products = []
     for x, y in zip(a, b, strict=True):
+        if x.dtype in (torch.float16, torch.bfloat16):
+            x, y = x.float(), y.float()
         product = (x * y.conj()).real if x.is_complex() else x * y
-        dtype = torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else None
-        products.append(product.sum(dtype=dtype).to(a[0].device))
+        products.append(product.sum().to(a[0].device))
     return whole(torch.stack(products).sum()) if products else torch.zeros(())

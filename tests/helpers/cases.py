@@ -4,18 +4,22 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 
+import oracle_methods as written
 import oracles
-from sam_lightning import ASAM, SAM
+from sam_lightning import ASAM, GSAM, MSAM, SAM, WSAM, FriendlySAM, LookSAM, VaSSO
 
 
 @dataclass(frozen=True)
 class Case:
+    """A method, its options, and its formula written out."""
+
     name: str
     optimizer: type
-    displacements: Any
+    oracle: Any
     options: dict[str, Any] = field(default_factory=dict)
 
     def make(self, params, base, **more):
@@ -25,17 +29,36 @@ class Case:
         """T of every parameter: the displacement reaches ||e / T|| = rho."""
         return [
             torch.ones_like(p)
-            if self.optimizer is SAM or ("bias" in name and not self.options["normalize_bias"])
+            if self.optimizer is not ASAM or ("bias" in name and not self.options["normalize_bias"])
             else p.detach().abs() + self.options["eta"]
             for name, p in named_parameters
         ]
 
+    @property
+    def has_first_pass(self):
+        return self.optimizer.needs_first_gradient
+
+    @property
+    def passes(self):
+        """Gradients that the steps 0, 1, 2, ... compute."""
+        every = self.options.get("every", 1)
+        return [1 + self.has_first_pass * (t % every == 0) for t in range(7)]
+
 
 CASES = (
-    Case("sam", SAM, oracles.sam_displacements),
-    Case("asam-authors", ASAM, oracles.asam_displacements, {"eta": 0.01, "normalize_bias": False}),
-    Case("asam-all", ASAM, oracles.asam_displacements, {"eta": 0.0, "normalize_bias": True}),
-    Case("asam-all-eta", ASAM, oracles.asam_displacements, {"eta": 0.1, "normalize_bias": True}),
+    Case("sam", SAM, written.Sam),
+    Case("sam-every-3", SAM, written.Sam, {"every": 3}),
+    Case("asam-authors", ASAM, written.Asam, {"eta": 0.01, "normalize_bias": False}),
+    Case("asam-all", ASAM, written.Asam, {"eta": 0.0, "normalize_bias": True}),
+    Case("asam-all-eta", ASAM, written.Asam, {"eta": 0.1, "normalize_bias": True}),
+    Case("msam", MSAM, written.Msam),
+    Case("wsam", WSAM, written.Wsam, {"gamma": 0.7}),
+    Case("wsam-penalty-every-2", WSAM, written.Wsam, {"gamma": 0.3, "every": 2}),
+    Case("gsam", GSAM, written.Gsam, {"alpha": 0.4}),
+    Case("friendly", FriendlySAM, written.Friendly, {"sigma": 1.0, "lmbda": 0.6}),
+    Case("friendly-half-every-2", FriendlySAM, written.Friendly, {"sigma": 0.5, "lmbda": 0.9, "every": 2}),
+    Case("vasso", VaSSO, written.Vasso, {"theta": 0.3}),
+    Case("look-every-3", LookSAM, written.Look, {"every": 3, "alpha": 0.3}),
 )
 
 BASES = {
@@ -46,8 +69,15 @@ BASES = {
         lambda: oracles.SGD(0.1, 0.5, 0.1),
     ),
     "adam": (partial(torch.optim.Adam, lr=0.01), lambda: oracles.Adam(0.01)),
+    "adamw": (partial(torch.optim.AdamW, lr=0.01, weight_decay=0.1), lambda: oracles.Adam(0.01, decay=0.1)),
 }
 SGD = BASES["momentum"][0]
+
+every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+every_two_pass_case = pytest.mark.parametrize(
+    "case", [case for case in CASES if case.has_first_pass], ids=lambda case: case.name
+)
+every_base = pytest.mark.parametrize("base", BASES)
 
 
 class Loss(nn.Module):
@@ -135,20 +165,26 @@ def several_groups(named):
     return groups, [0.3] * cut + [0.7] * middle + [0.0], [0.02] * cut + [None] * middle + [0.05]
 
 
-def ready(case, base="momentum", scale=1.0):
-    """A network with its gradient at w, and its optimizer."""
-    net = Net()
+def ready(case, base="momentum", scale=1.0, dtype=torch.float64):
+    """A network with its gradient at w, and its optimizer, which perturbs next (by momentum: after one step)."""
+    net = Net(dtype)
+    optimizer = case.make(net.named_parameters(), BASES[base][0], rho=0.3)
+    if not case.has_first_pass:
+        step(optimizer, net)
+        optimizer.zero_grad()
     (net.loss() * scale).backward()
-    return net, case.make(net.named_parameters(), BASES[base][0], rho=0.3)
+    return net, optimizer
 
 
 def step(optimizer, net):
-    """One sharpness-aware step."""
+    """One sharpness-aware step, of any method."""
     optimizer.zero_grad()
-    net.loss().backward()
-    with optimizer.perturbed():
-        optimizer.zero_grad()
+    if optimizer.needs_first_gradient:
         net.loss().backward()
+    with optimizer.perturbed() as perturbs:
+        if perturbs:
+            optimizer.zero_grad()
+            net.loss().backward()
     optimizer.step()
 
 

@@ -13,7 +13,7 @@ def sam_displacements(weights: list[Tensor], grads: list[Tensor | None], radii: 
         if g is not None and rho > 0:
             for value in g.flatten().tolist():
                 square += value * value
-    length = math.sqrt(square) + 1e-12
+    length = math.sqrt(square) or 1.0
     displacements = []
     for w, g, rho in zip(weights, grads, radii, strict=True):
         values = [0.0] * w.numel() if g is None else g.flatten().tolist()
@@ -39,7 +39,7 @@ def asam_displacements(
     for g, rho, scale in zip(grads, radii, scales, strict=True):
         if g is not None and rho > 0:
             square += sum((t * v) ** 2 for t, v in zip(scale, g.flatten().tolist(), strict=True))
-    length = math.sqrt(square) + 1e-12
+    length = math.sqrt(square) or 1.0
     displacements = []
     for w, g, rho, scale in zip(weights, grads, radii, scales, strict=True):
         values = [0.0] * w.numel() if g is None else g.flatten().tolist()
@@ -65,12 +65,15 @@ class SGD:
             self.velocity[i] = g
         return w - (self.lr if lr is None else lr) * g
 
+    def momentum_of(self, i: int) -> Tensor | None:
+        return self.velocity.get(i)
+
 
 class Adam:
-    """m, v: moving means of g and g^2;  w <- w - lr m_hat / (sqrt(v_hat) + eps)."""
+    """m, v: moving means of g and g^2;  w <- (1 - lr lambda) w - lr m_hat / (sqrt(v_hat) + eps)."""
 
-    def __init__(self, lr: float, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8):
-        self.lr, self.betas, self.eps = lr, betas, eps
+    def __init__(self, lr: float, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8, decay: float = 0.0):
+        self.lr, self.betas, self.eps, self.decay = lr, betas, eps, decay
         self.moments: dict[int, tuple[int, Tensor, Tensor]] = {}
 
     def update(self, i: int, w: Tensor, g: Tensor, lr: float | None) -> Tensor:
@@ -79,17 +82,24 @@ class Adam:
         step, m, v = step + 1, a * m + (1 - a) * g, b * v + (1 - b) * g * g
         self.moments[i] = (step, m, v)
         m_hat, v_hat = m / (1 - a**step), v / (1 - b**step)
-        return w - (self.lr if lr is None else lr) * m_hat / (v_hat.sqrt() + self.eps)
+        lr = self.lr if lr is None else lr
+        return w - lr * self.decay * w - lr * m_hat / (v_hat.sqrt() + self.eps)
+
+    def momentum_of(self, i: int) -> Tensor | None:
+        return self.moments[i][1] if i in self.moments else None
 
 
-def sharpness_aware_steps(steps, parameters, loss, displacements, base, radii, rates, **options):
+def sharpness_aware_steps(steps, parameters, loss, method, base, radii, rates):
     """Trains `parameters` (changed in place) for `steps` steps; `loss()` is evaluated at their values."""
-    for _ in range(steps):
+    for t in range(steps):
         weights = [p.detach().clone() for p in parameters]
-        ascent = gradients(parameters, loss)
-        for p, w, e in zip(parameters, weights, displacements(weights, ascent, radii, **options), strict=True):
-            p.data = w + e
-        descent = gradients(parameters, loss)
+        first = gradients(parameters, loss)
+        if t % method.every == 0 and any(radii):
+            for p, w, e in zip(parameters, weights, method.displacements(weights, first, radii, base), strict=True):
+                p.data = w + e
+            descent = method.descends(first, gradients(parameters, loss))
+        else:
+            descent = method.between(first, radii)
         for i, (p, w, g) in enumerate(zip(parameters, weights, descent, strict=True)):
             p.data = w if g is None else base.update(i, w, g, rates[i])
 
