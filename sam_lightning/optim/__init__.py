@@ -9,6 +9,7 @@ from sam_lightning.optim.look_sam import LookSAM
 from sam_lightning.optim.msam import MSAM
 from sam_lightning.optim.norm_layers import norm_layers_only
 from sam_lightning.optim.norms import global_norm
+from sam_lightning.optim.radius import Progress, RadiusSchedule, follow_lr, late, warm_up
 from sam_lightning.optim.sam import SAM
 from sam_lightning.optim.vasso import VaSSO
 from sam_lightning.optim.wsam import WSAM
@@ -23,8 +24,13 @@ __all__ = [
     "FriendlySAM",
     "LookSAM",
     "Params",
+    "Progress",
+    "RadiusSchedule",
     "SharpnessAware",
     "VaSSO",
+    "follow_lr",
     "global_norm",
+    "late",
     "norm_layers_only",
+    "warm_up",
 ]

@@ -1,0 +1,61 @@
+"""Schedules of the radius."""
+
+import math
+import pickle
+
+import pytest
+
+from cases import SGD, Net
+from sam_lightning import SAM
+from sam_lightning.optim.radius import Progress, follow_lr, late, warm_up
+
+
+@pytest.mark.parametrize(
+    ("schedule", "factors"),
+    [
+        (late(0.0), [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]),
+        (late(0.9), [0, 0, 0, 0, 0, 0, 0, 0, 0, 1]),
+        (late(0.85), [0, 0, 0, 0, 0, 0, 0, 0, 0, 1]),
+        (late(1.0), [0] * 10),
+        (warm_up(4), [0, 0.25, 0.5, 0.75, 1, 1, 1, 1, 1, 1]),
+        (warm_up(4, gradual=False), [0, 0, 0, 0, 1, 1, 1, 1, 1, 1]),
+        (follow_lr(), [0.1, 0.09, 0.08, 0.07, 0.06, 0.05, 0.04, 0.03, 0.02, 0.01]),
+        (follow_lr(0.5), [0.55, 0.545, 0.54, 0.535, 0.53, 0.525, 0.52, 0.515, 0.51, 0.505]),
+    ],
+)
+def test_factors(schedule, factors):
+    schedule = pickle.loads(pickle.dumps(schedule))  # as a part of a module or callback
+    progress = [Progress(step, 10, lr=0.02 * (1 - step / 10), initial_lr=0.2) for step in range(10)]
+    assert [schedule(p) for p in progress] == pytest.approx(factors)
+    assert [schedule(p) for p in reversed(progress)] == pytest.approx(factors[::-1])  # no state
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: late(1.1), "start must be a share"),
+        (lambda: late(math.nan), "start must be a share"),
+        (lambda: warm_up(0), "steps must be an integer >= 1, got 0"),
+        (lambda: warm_up(2.5), "steps must be an integer >= 1, got 2.5"),
+        (lambda: follow_lr(-0.1), "lowest must be a factor"),
+        (lambda: late(0.5)(Progress(3)), "how long training is"),
+        (lambda: follow_lr()(Progress(3, initial_lr=0.0)), "initial_lr must be > 0"),
+    ],
+)
+def test_what_is_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_late_takes_one_pass_before_and_two_after():
+    net = Net()
+    optimizer = SAM(net.parameters(), SGD, rho=0.3)
+    passes = []
+    for step in range(4):
+        optimizer.param_groups[0]["rho"] = 0.3 * late(0.5)(Progress(step, 4))
+        optimizer.zero_grad()
+        net.loss().backward()
+        with optimizer.perturbed() as perturbs:
+            passes.append(1 + perturbs)
+        optimizer.step()
+    assert passes == [1, 1, 2, 2]
