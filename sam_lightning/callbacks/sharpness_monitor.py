@@ -11,9 +11,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from sam_lightning.optim import SharpnessAware, global_norm
-from sam_lightning.runs.extras import require
 from sam_lightning.sharpness import Settings, Sharpness, measure
-from sam_lightning.sharpness.batches import samples_in, share_of
+from sam_lightning.sharpness.batches import samples_in, shard
 from sam_lightning.training.module import SharpnessAwareModule
 
 _ALARMS = 3  # logged steps in a row
@@ -86,8 +85,6 @@ class SharpnessMonitor(Callback):
             raise TypeError(
                 f"SharpnessMonitor needs the loss(batch) of a SharpnessAwareModule, got {type(pl_module).__name__}."
             )
-        if self.every_n_epochs:
-            require("sharpness", "SharpnessMonitor", "scipy", "curvlinops")
         if self.every_n_epochs and not isinstance(_data(trainer), HasTrainingSample):
             raise TypeError(
                 "SharpnessMonitor needs a data module with training_sample(samples, seed) -> list of batches, got "
@@ -155,8 +152,8 @@ class SharpnessMonitor(Callback):
             return
         assert isinstance(pl_module, SharpnessAwareModule)
         sample = _data(trainer).training_sample(self.samples, self.settings.seed)
-        shares = [share_of(batch, trainer.global_rank, trainer.world_size) for batch in sample]
-        batches = [trainer.precision_plugin.convert_input(share) for share in shares if samples_in(share)]
+        shards = [shard(batch, trainer.global_rank, trainer.world_size) for batch in sample]
+        batches = [trainer.precision_plugin.convert_input(part) for part in shards if samples_in(part)]
         found = measure_module(pl_module, batches, self.settings)
         values = {name: value for name, (value, _) in found.rows().items()}
         self.history.append({"epoch": epoch, **values})

@@ -15,7 +15,7 @@ from sam_lightning.runs.figure_files import save
 from sam_lightning.sharpness.batches import samples_in
 from sam_lightning.sharpness.landscape import Direction, direction_to, random_direction, scan
 from sam_lightning.sharpness.objective import Loss
-from sam_lightning.sharpness.undisturbed import BatchNorm
+from sam_lightning.sharpness.preserved_state import BatchNorm
 
 
 class Landscape:

@@ -58,7 +58,6 @@ class MeasuringTrainer(Trainer):
         Raises:
             MeasureError: If module or data cannot be measured, or `samples` is less than 1.
         """
-        require("sharpness", "sam-lightning sharpness", "scipy", "curvlinops")
         batches = self._ready(model, datamodule, ckpt_path, samples, settings.seed)
         assert isinstance(model, SharpnessAwareModule)
         found = measure_module(model, batches, settings)
@@ -70,7 +69,7 @@ class MeasuringTrainer(Trainer):
             "measures": {name: {"value": v, "standard_error": error} for name, (v, error) in found.rows().items()},
             "conditions": {
                 "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-                "versions": {name: version(name) for name in ("sam-lightning", "torch", "curvlinops-for-pytorch")},
+                "versions": {name: version(name) for name in ("sam-lightning", "torch")},
             },
         }
         with replacing(Path(self.default_root_dir) / SHARPNESS) as draft:

@@ -11,13 +11,14 @@ M. Hein, N. Flammarion. A modern look at the relationship between sharpness and 
 arXiv 2302.07011.
 """
 
-from sam_lightning.sharpness.ball import worst_case_sharpness
-from sam_lightning.sharpness.hessian import hessian_trace, largest_eigenvalues
+from sam_lightning.sharpness.adaptive import Adaptive
+from sam_lightning.sharpness.average_case import average_case_sharpness
+from sam_lightning.sharpness.eigenvalues import largest_eigenvalues
 from sam_lightning.sharpness.measures import Measures, Settings, Sharpness, measure
-from sam_lightning.sharpness.noise import average_case_sharpness
 from sam_lightning.sharpness.objective import Estimate
-from sam_lightning.sharpness.scale import Adaptive
-from sam_lightning.sharpness.undisturbed import undisturbed
+from sam_lightning.sharpness.preserved_state import preserved_state
+from sam_lightning.sharpness.trace import hessian_trace
+from sam_lightning.sharpness.worst_case import worst_case_sharpness
 
 __all__ = [
     "Adaptive",
@@ -29,6 +30,6 @@ __all__ = [
     "hessian_trace",
     "largest_eigenvalues",
     "measure",
-    "undisturbed",
+    "preserved_state",
     "worst_case_sharpness",
 ]

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from sam_lightning.runs.files import replacing
 from sam_lightning.sharpness.objective import Loss, objective_of
-from sam_lightning.sharpness.undisturbed import BatchNorm
+from sam_lightning.sharpness.preserved_state import BatchNorm
 
 Direction = list[Tensor]  # a tensor for every parameter with requires_grad, of its shape
 
@@ -84,7 +84,7 @@ def scan(
         axes: For each direction its steps a, in any order.
         path: The `.npz` file of the scan.
         about: What the scan is of, as JSON: another one in the same file is refused.
-        batch_norm: What normalisation layers use, see `undisturbed`. Between two solutions `batch`: the running
+        batch_norm: What normalisation layers use, see `preserved_state`. Between two solutions `batch`: the running
             statistics of neither fit the weights between them.
 
     Returns:

@@ -6,12 +6,13 @@ from typing import Any
 
 from torch import nn
 
-from sam_lightning.sharpness.ball import worst_case_sharpness
-from sam_lightning.sharpness.hessian import hessian_trace, largest_eigenvalues
-from sam_lightning.sharpness.noise import average_case_sharpness
+from sam_lightning.sharpness.adaptive import Adaptive
+from sam_lightning.sharpness.average_case import average_case_sharpness
+from sam_lightning.sharpness.eigenvalues import largest_eigenvalues
 from sam_lightning.sharpness.objective import Estimate, Loss
-from sam_lightning.sharpness.scale import Adaptive
-from sam_lightning.sharpness.undisturbed import BatchNorm
+from sam_lightning.sharpness.preserved_state import BatchNorm
+from sam_lightning.sharpness.trace import hessian_trace
+from sam_lightning.sharpness.worst_case import worst_case_sharpness
 
 
 @dataclass(frozen=True)

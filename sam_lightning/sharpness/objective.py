@@ -10,9 +10,9 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, distributed, nn
 
-from sam_lightning.sharpness.batches import moved, parts_of, samples_in
-from sam_lightning.sharpness.scale import Adaptive, units
-from sam_lightning.sharpness.undisturbed import BatchNorm, undisturbed
+from sam_lightning.sharpness.adaptive import Adaptive, real, units
+from sam_lightning.sharpness.batches import HALF, samples_in, split, to_device, to_single_precision
+from sam_lightning.sharpness.preserved_state import BatchNorm, preserved_state
 
 Loss: TypeAlias = Callable[[Any], Tensor]  # the mean loss of a batch, 0-dimensional
 
@@ -38,7 +38,8 @@ class Estimate:
 class Objective:
     r"""$L(w + T u) = \frac{1}{N} \sum_i \ell_i(w + T u)$ as a function of u, around the present weights w.
 
-    It moves the network's weights, so it lives inside `undisturbed`.
+    w, u and gradients are lists of real tensors, one for every parameter with `requires_grad`; of a complex one its
+    real and imaginary parts. It moves the network's weights, so it lives inside `preserved_state`.
 
     Args:
         network: The network; its weights are its parameters with `requires_grad`.
@@ -54,20 +55,23 @@ class Objective:
     def __init__(self, network: nn.Module, loss: Loss, batches: Sequence[Any], T: list[Tensor], joint: bool) -> None:
         self.network = network
         self.T = T
-        self.weights: list[Tensor] = [parameter for parameter in network.parameters() if parameter.requires_grad]
+        self.parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
+        self.weights = [real(parameter.detach()) for parameter in self.parameters]  # in the parameters' memory
         self.batches = batches
         self.joint = joint
         self._loss = loss
-        self._origin = [weight.detach().clone() for weight in self.weights]
+        self._origin: list[Tensor] | None = None  # a copy of w, once the weights move
         count = torch.tensor(sum(map(samples_in, batches)), device=self.weights[0].device)
-        self.samples = int(self.over_processes([count])[0])
+        self.samples = int(self.sum_over_processes([count])[0])
         if not self.samples:
             raise ValueError("batches must hold at least one sample, got none: a loader that is used up, perhaps.")
 
-    def restricted_to(self, batch: Any) -> "Objective":
+    def of_batch(self, batch: Any) -> "Objective":
         """The loss of one batch alone, around the same weights."""
-        self.move(None)
-        return Objective(self.network, self._loss, [batch], self.T, joint=False)
+        self.move_to(None)
+        part = Objective(self.network, self._loss, [batch], self.T, joint=False)
+        part._origin = self._origin = self._origin or [weight.clone() for weight in self.weights]
+        return part
 
     def batch_loss(self, batch: Any) -> Tensor:
         """The mean loss of a batch.
@@ -83,56 +87,69 @@ class Objective:
 
     def value(self, u: list[Tensor] | None = None) -> float:
         """L(w + T u); L(w) without u."""
-        self.move(u)
+        self.move_to(u)
         with torch.no_grad():
             total = sum(self.batch_loss(batch).double() * samples_in(batch) for batch in self.batches)
         return float(self.mean(total))
 
     def value_and_gradient(self, u: list[Tensor] | None = None) -> tuple[float, list[Tensor]]:
         """L(w + T u), and its gradient by u, which is T times the gradient by the weights."""
-        self.move(u)
+        self.move_to(u)
         total: Any = 0.0
         gradient = [torch.zeros_like(weight) for weight in self.weights]
         for batch in self.batches:
             loss = self.batch_loss(batch)
-            parts = torch.autograd.grad(loss, self.weights, allow_unused=True)
-            used = [(sum_, part) for sum_, part in zip(gradient, parts, strict=True) if part is not None]
+            parts = torch.autograd.grad(loss, self.parameters, allow_unused=True)
+            used = [(sum_, real(part)) for sum_, part in zip(gradient, parts, strict=True) if part is not None]
             if used:
                 sums, found = (list(tensors) for tensors in zip(*used, strict=True))
                 torch._foreach_add_(sums, found, alpha=samples_in(batch) / self.samples)
             total += loss.detach().double() * samples_in(batch)
-        torch._foreach_mul_(self.over_processes(gradient), self.T)
+        torch._foreach_mul_(self.sum_over_processes(gradient), self.T)
         return float(self.mean(total)), gradient
 
-    def over_processes(self, tensors: list[Tensor]) -> list[Tensor]:
+    def sum_over_processes(self, tensors: list[Tensor]) -> list[Tensor]:
         """Each tensor, summed over processes in place if the objective is joint."""
         if self.joint and distributed.is_available() and distributed.is_initialized():
             for tensor in tensors:
                 distributed.all_reduce(tensor)
         return tensors
 
+    def of_first_process(self, tensor: Tensor) -> Tensor:
+        """The first process's tensor, in place, if the objective is joint."""
+        if self.joint and distributed.is_available() and distributed.is_initialized():
+            distributed.broadcast(tensor, 0)
+        return tensor
+
     def mean(self, total: Any) -> Tensor:
         """A sum over this process's samples, as the mean over all."""
         sum_ = torch.as_tensor(total, dtype=torch.float64, device=self.weights[0].device)
-        return self.over_processes([sum_])[0] / self.samples
+        return self.sum_over_processes([sum_])[0] / self.samples
 
     @torch.no_grad()
-    def move(self, u: list[Tensor] | None) -> None:
-        """Moves the weights to w + T u; to w without u."""
+    def move_to(self, u: list[Tensor] | None) -> None:
+        """Sets the weights to w + T u, or to w without u."""
+        if self._origin is None:
+            if u is None:
+                return
+            self._origin = [weight.clone() for weight in self.weights]
         torch._foreach_copy_(self.weights, self._origin)  # from w each time: steps would add up rounding
         if u is not None:
-            torch._foreach_addcmul_(self.weights, self.T, u)
+            torch._foreach_addcmul_(self.weights, self.T, [real(part) for part in u])
 
 
 @contextmanager
 def objective_of(
     network: nn.Module, loss: Loss, batches: Iterable[Any], scale: Adaptive | None, batch_norm: BatchNorm, seed: int
 ) -> Iterator[Objective]:
-    """The joint objective; the network is undisturbed by what happens inside."""
-    with undisturbed(network, batch_norm, seed):
+    """The objective of all processes' data; the network is as before when the context is left."""
+    has_half = any(tensor.dtype in HALF for tensor in [*network.parameters(), *network.buffers()])
+    with preserved_state(network, batch_norm, seed):
         T = units(network, scale)
         # Kept, so that every pass sees the same samples, whatever a loader shuffles or augments.
-        kept = [moved(batch, like=T[0]) for batch in batches]
+        kept = [to_device(batch, T[0].device) for batch in batches]
+        if has_half:
+            kept = [to_single_precision(batch) for batch in kept]
         yield Objective(network, loss, kept, T, joint=True)
 
 
@@ -148,8 +165,8 @@ def mean_over_parts(measure: Callable[[Objective], list[float]], objective: Obje
         raise ValueError(f"m must be an integer >= 1, or None for the whole data, got {m!r}.")
     total: Any = 0.0
     for batch in objective.batches:
-        for part in parts_of(batch, m):
-            values = measure(objective.restricted_to(part))
+        for part in split(batch, m):
+            values = measure(objective.of_batch(part))
             total += samples_in(part) * torch.tensor(values, dtype=torch.float64)
     means: list[float] = objective.mean(total).tolist()
     return means

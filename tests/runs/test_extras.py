@@ -9,14 +9,12 @@ import pytest
 
 from commands import fails, fit
 from fake_cifar10 import fake_cifar10  # noqa: F401  # a fixture
-from regression import Regression, loader
-from sam_lightning.callbacks import SharpnessMonitor
 from sam_lightning.data import CIFAR10, Digits
 from sam_lightning.runs.extras import MissingExtraError, require
 from sam_lightning.studies import command
 
 ROOT = Path(__file__).parents[2]
-EXTRAS = {"scipy", "curvlinops", "matplotlib", "sklearn", "pandas", "tabulate", "submitit"}
+EXTRAS = {"scipy", "matplotlib", "sklearn", "pandas", "tabulate", "submitit"}
 
 
 def without(monkeypatch, *packages):
@@ -41,19 +39,14 @@ def test_data_say_what_they_need(monkeypatch, fake_cifar10):  # noqa: F811
     CIFAR10(root=fake_cifar10, validation="none").setup("fit")
 
 
-def test_a_monitor_says_it_before_training(monkeypatch, trainer):
-    without(monkeypatch, "curvlinops")
-    with pytest.raises(MissingExtraError, match=r"SharpnessMonitor needs curvlinops.*'sam-lightning\[sharpness\]'"):
-        trainer(callbacks=[SharpnessMonitor()]).fit(Regression(), loader())
-
-
-@pytest.mark.parametrize(("name", "package"), [("sharpness", "scipy"), ("landscape", "matplotlib")])
-def test_commands_say_it(monkeypatch, tmp_path, capsys, name, package):
+def test_a_command_says_it(monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
     fit("--trainer.default_root_dir", "run")
-    without(monkeypatch, package)
-    message = f"sam-lightning {name} needs {package}, not installed here. Run: pip install 'sam-lightning[sharpness]'"
-    assert message in fails(capsys, name, "--ckpt_path", "run")
+    without(monkeypatch, "matplotlib")
+    message = (
+        "sam-lightning landscape needs matplotlib, not installed here. Run: pip install 'sam-lightning[sharpness]'"
+    )
+    assert message in fails(capsys, "landscape", "--ckpt_path", "run")
 
 
 def test_a_study_says_it_before_its_first_run(monkeypatch):
@@ -86,7 +79,7 @@ main(["fit", "--help"])
 def test_the_extras_are_the_packages_that_the_core_does_without():
     """So that the test above leaves none out."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    names = {"scikit-learn": "sklearn", "curvlinops-for-pytorch": "curvlinops"}
+    names = {"scikit-learn": "sklearn"}
     extras = [line.partition(">")[0] for name in ("sharpness", "studies", "slurm") for line in extra(project, name)]
     assert {names.get(name, name) for name in extras} == EXTRAS
 

@@ -10,9 +10,9 @@ from torch import nn
 from sam_lightning.optim import global_norm
 from sam_lightning.optim.groups import check_radius
 from sam_lightning.optim.norms import divide_by_norm
+from sam_lightning.sharpness.adaptive import Adaptive
 from sam_lightning.sharpness.objective import Loss, Objective, mean_over_parts, objective_of
-from sam_lightning.sharpness.scale import Adaptive
-from sam_lightning.sharpness.undisturbed import BatchNorm
+from sam_lightning.sharpness.preserved_state import BatchNorm
 
 
 def worst_case_sharpness(
@@ -42,7 +42,7 @@ def worst_case_sharpness(
         scale: Adaptive, or plain if None.
         m: Samples per part: the mean over parts, each with a maximum of its own, which is what SAM minimises with
             batches of m (m-sharpness); `None`: one maximum for the whole data.
-        batch_norm: What normalisation layers use, see `undisturbed`.
+        batch_norm: What normalisation layers use, see `preserved_state`.
         seed: Seed of the direction that several steps begin with where the gradient is exactly zero. A single step
             does not move there.
 

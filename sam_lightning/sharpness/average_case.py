@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from sam_lightning.optim.groups import check_radius
+from sam_lightning.sharpness.adaptive import Adaptive
 from sam_lightning.sharpness.objective import Estimate, Loss, objective_of
-from sam_lightning.sharpness.scale import Adaptive
-from sam_lightning.sharpness.undisturbed import BatchNorm
+from sam_lightning.sharpness.preserved_state import BatchNorm
 
 
 def average_case_sharpness(
@@ -36,7 +36,7 @@ def average_case_sharpness(
             a length of about σ√P.
         draws: Number of u, at least 2.
         scale: Adaptive, or plain if None.
-        batch_norm: What normalisation layers use, see `undisturbed`.
+        batch_norm: What normalisation layers use, see `preserved_state`.
         seed: Seed of u.
 
     Returns:
