@@ -1,6 +1,7 @@
 """Histograms of weights in TensorBoard."""
 
 import difflib
+import warnings
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
@@ -24,12 +25,14 @@ class WeightHistograms(Callback):
         self.every_n_epochs = every_n_epochs
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuses names that do not exist before anything trains."""
+        """Refuses names that do not exist before anything trains, and warns if nobody takes histograms."""
         names = [name for name, _ in pl_module.named_parameters()]
         for name in self.parameters:
             if name not in names:
                 near = difflib.get_close_matches(name, names, n=3, cutoff=0.0)
                 raise ValueError(f"WeightHistograms: no parameter {name!r}; the nearest are {', '.join(near)}.")
+        if trainer.is_global_zero and not tensorboards(trainer):
+            warnings.warn("WeightHistograms writes to TensorBoard loggers only, and there is none.", stacklevel=2)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Writes the weights that training starts from."""

@@ -4,29 +4,39 @@ from time import perf_counter
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+
+from sam_lightning.callbacks.validated import ValidationMetrics
+
+LOSS = "train/loss_epoch"
 
 
 class EpochHistory(Callback):
     """Keeps a row of metrics for every finished epoch, in checkpoints too: a resumed run's rows are complete.
 
     Attributes:
-        epochs: For each epoch its number from 1, `seconds` (validation included), `train/loss_epoch`, and
-            what was validated in it.
+        epochs: For each epoch its number from 1, `seconds` (validation included), `train/loss_epoch`, and what was
+            validated in it, by the module's names. A module that does not log `train/loss_epoch` gets the mean over
+            batches of what its training steps returned as loss; there is none if they return no loss.
     """
 
     def __init__(self) -> None:
         self.epochs: list[dict[str, float]] = []
+        self._validation = ValidationMetrics()
         self._validated: dict[str, float] = {}
         self._is_open = False
         self._started = 0.0
+        self._loss: Tensor | float = 0.0  # the sum over the epoch's batches
+        self._batches = 0
 
     def state_dict(self) -> dict[str, Any]:
-        """The rows so far."""
-        return {"epochs": self.epochs}
+        """The rows so far, and the losses of the epoch that has begun."""
+        return {"epochs": self.epochs, "loss": float(self._loss), "batches": self._batches}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Goes on behind the checkpoint's rows."""
         self.epochs = list(state_dict["epochs"])
+        self._loss, self._batches = state_dict.get("loss", 0.0), state_dict.get("batches", 0)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Completes the row of the epoch before."""
@@ -34,15 +44,30 @@ class EpochHistory(Callback):
         self._validated = {}
         self._started = perf_counter()
 
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Adds the step's loss, on its device."""
+        loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
+        if isinstance(loss, Tensor):
+            self._loss = self._loss + loss.detach()
+            self._batches += 1
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Remembers what was logged before."""
+        self._validation.start(trainer)
+
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Takes what was validated; what an earlier epoch left in the metrics is none of this one's."""
-        metrics = trainer.callback_metrics.items()
-        self._validated = {name: float(value) for name, value in metrics if name.startswith("val/")}
+        self._validated = self._validation.end(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begins the epoch's row. The module logs its loss behind this hook, and checkpoints come behind that."""
-        seconds = perf_counter() - self._started
-        self.epochs.append({"epoch": trainer.current_epoch + 1, "seconds": seconds, **self._validated})
+        row = {"epoch": trainer.current_epoch + 1, "seconds": perf_counter() - self._started, **self._validated}
+        if self._batches:
+            row[LOSS] = float(trainer.strategy.reduce(self._loss / self._batches, reduce_op="mean"))
+        self._loss, self._batches = 0.0, 0
+        self.epochs.append(row)
         self._is_open = True
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -54,6 +79,6 @@ class EpochHistory(Callback):
         self._close(trainer)
 
     def _close(self, trainer: Trainer) -> None:
-        if self._is_open and "train/loss_epoch" in trainer.callback_metrics:
-            self.epochs[-1]["train/loss_epoch"] = float(trainer.callback_metrics["train/loss_epoch"])
+        if self._is_open and LOSS in trainer.callback_metrics:
+            self.epochs[-1][LOSS] = float(trainer.callback_metrics[LOSS])
         self._is_open = False
