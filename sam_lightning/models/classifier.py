@@ -48,8 +48,7 @@ class ImageClassifier(SharpnessAwareModule):
         lr_scheduler: Makes the learning rate scheduler from the optimizer.
         lr_scheduler_interval: Whether the scheduler is stepped after every epoch or every step.
         label_smoothing: Share of the target that is spread over all classes while training, in [0, 1).
-        gradient_clip_norm: Largest L2 norm of the gradient that descends.
-        accumulate: Number of micro-batches that a batch is cut into.
+        micro_batches: Number of parts that a batch is cut into, to save memory.
         batch_norm_stats: The passes that update running statistics.
         sync_perturbation: Whether all processes climb along their mean gradient.
         channels_last: Keeps weights and images with the channels innermost in memory, which convolutions on CPUs
@@ -65,8 +64,7 @@ class ImageClassifier(SharpnessAwareModule):
         lr_scheduler: LRSchedulerCallable | None = None,
         lr_scheduler_interval: Literal["epoch", "step"] = "epoch",
         label_smoothing: float = 0.0,
-        gradient_clip_norm: float | None = None,
-        accumulate: int = 1,
+        micro_batches: int = 1,
         batch_norm_stats: Literal["first", "both"] = "first",
         sync_perturbation: bool = False,
         channels_last: bool = False,
@@ -76,8 +74,7 @@ class ImageClassifier(SharpnessAwareModule):
             optimizer=optimizer,
             lr_scheduler=lr_scheduler,
             lr_scheduler_interval=lr_scheduler_interval,
-            gradient_clip_norm=gradient_clip_norm,
-            accumulate=accumulate,
+            micro_batches=micro_batches,
             batch_norm_stats=batch_norm_stats,
             sync_perturbation=sync_perturbation,
         )
@@ -99,7 +96,7 @@ class ImageClassifier(SharpnessAwareModule):
         logits: Tensor = self.network(images)
         return logits
 
-    def loss(self, batch: Batch) -> Tensor:
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Mean cross entropy with label smoothing."""
         images, labels = batch
         return cross_entropy(self(images), labels, label_smoothing=self.label_smoothing)

@@ -1,236 +1,181 @@
-"""The double forward-backward of sharpness-aware minimization, in Lightning's manual optimization."""
+"""A LightningModule that takes sharp steps by itself."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from typing import Any, Literal
+import inspect
+from typing import Any, ClassVar, Literal
 
-import torch
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from torch import Tensor
-from torch.optim import Optimizer
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from sam_lightning.optim import Params, SharpnessAware, global_norm
-from sam_lightning.optim.batch_norm import RunningStats, frozen_running_stats
-from sam_lightning.training.manual import ManualOptimization
-from sam_lightning.training.micro_batches import MicroBatch, split_batch
-from sam_lightning.training.schedules import step_schedulers
+from sam_lightning.optim import Params
+from sam_lightning.training.callback import Method, SharpnessAwareTraining
+from sam_lightning.training.sharding import shard
+from sam_lightning.training.strategies import is_sharded
+
+_FACTORIES = ("optimizer", "lr_scheduler")
 
 
-class SharpnessAwareModule(ManualOptimization):
-    """A LightningModule that trains with SAM, ASAM, or any plain torch optimizer.
-
-    A subclass gives `loss(batch)` and never sees the two passes:
+class SharpnessAwareModule(LightningModule):
+    """A LightningModule that trains with SAM, ASAM or another method, and is otherwise written like any other.
 
         class Regression(SharpnessAwareModule):
-            def __init__(self, optimizer):
-                super().__init__(optimizer)
+            method, rho = "ASAM", 0.5                          # SAM with its own rho, if not given
+
+            def __init__(self):
+                super().__init__()
                 self.network = torch.nn.Linear(8, 1)
 
-            def loss(self, batch):
+            def training_step(self, batch, batch_idx):
                 x, y = batch
                 return torch.nn.functional.mse_loss(self.network(x), y)
 
-        Regression(partial(SAM, base=partial(torch.optim.SGD, lr=0.1), rho=0.05))
+            def configure_optimizers(self):
+                return torch.optim.SGD(self.parameters(), lr=0.1)
 
-    Per batch there is one optimizer step, so `global_step`, `max_steps` and checkpoints by step count
-    batches. Clipping, accumulation and schedulers are options here, since Lightning's own are refused or
-    not run in manual optimization. Every `log_every_n_steps` batches it logs `train/loss` (first pass),
-    `train/loss_perturbed`, `train/grad_norm` (||g|| at w, before clipping) and `lr`; and per epoch
-    `train/loss_epoch`, the mean over batches of the first pass's loss.
+    It brings the callback `SharpnessAwareTraining` along, whose documentation says what happens in a step; a Trainer
+    that has one of its own uses that one. As a base class beside another LightningModule it may stand first or last.
 
-    A subclass that overrides `on_train_epoch_end`, `on_train_batch_start`, `on_validation_start`,
-    `on_test_start`, `on_predict_start`, `on_save_checkpoint` or `on_load_checkpoint` must call `super()`.
+    The optimizer is what `configure_optimizers` makes: a plain one there is made sharp by `method`. A module that does
+    not define it gets its optimizer from the factories below, as the command line gives them, and trains with exactly
+    that one: plainly, if it is plain.
+
+    Class attributes, each of which an argument or an instance's attribute may override, are `method`, `rho`,
+    `second_pass`, `sync_perturbation`, `batch_norm_stats` and `micro_batches`: the options of
+    `SharpnessAwareTraining`.
 
     Args:
         optimizer: Makes the optimizer from `parameter_groups()`, by default the named parameters.
-        lr_scheduler: Makes the learning rate scheduler from the optimizer.
-            `ReduceLROnPlateau` is stepped after every epoch, with its `monitor` (`val/loss` if it has none).
+        lr_scheduler: Makes the learning rate scheduler from the optimizer. `ReduceLROnPlateau` looks at its `monitor`,
+            or else at `val/loss`.
         lr_scheduler_interval: Whether the scheduler is stepped after every epoch or every step.
-        gradient_clip_norm: Largest L2 norm of the gradient that descends; `None`: no clipping. The first
-            pass's gradient is never clipped: its length does not matter.
-        accumulate: Number of micro-batches that a batch is cut into, to save memory. Each pass runs over
-            all of them; normalisation layers see micro-batches.
+        micro_batches: Number of parts that each batch is cut into, to save memory.
         batch_norm_stats: The passes that update running statistics: the first only, or both.
-        sync_perturbation: In data-parallel training, whether all processes climb along their mean
-            gradient (two all-reduces a step) or each along its own (m-sharpness with m the batch of one
-            process; one all-reduce a step, and a different method).
-
-    Attributes:
-        m_sharpness: The number of samples that share a perturbation, known once training has begun; `None`
-            without a sharpness-aware optimizer. Logged once.
+        sync_perturbation: Whether all processes climb along their mean gradient.
+        second_pass: `replay` or `fresh` random numbers in the second pass.
     """
+
+    method: ClassVar[Method] = "SAM"
+    rho: float | None = None
+    second_pass: Literal["replay", "fresh"] = "replay"
+    sync_perturbation: bool = False
+    batch_norm_stats: Literal["first", "both"] = "first"
+    micro_batches: int = 1
 
     def __init__(
         self,
-        optimizer: OptimizerCallable,
+        *args: Any,
+        optimizer: OptimizerCallable | None = None,
         lr_scheduler: LRSchedulerCallable | None = None,
         lr_scheduler_interval: Literal["epoch", "step"] = "epoch",
-        gradient_clip_norm: float | None = None,
-        accumulate: int = 1,
-        batch_norm_stats: Literal["first", "both"] = "first",
-        sync_perturbation: bool = False,
+        micro_batches: int | None = None,
+        batch_norm_stats: Literal["first", "both"] | None = None,
+        sync_perturbation: bool | None = None,
+        second_pass: Literal["replay", "fresh"] | None = None,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(gradient_clip_norm)
-        for name, value, allowed in (
-            ("lr_scheduler_interval", lr_scheduler_interval, ("epoch", "step")),
-            ("batch_norm_stats", batch_norm_stats, ("first", "both")),
-        ):
-            if value not in allowed:
-                raise ValueError(f"{name} must be one of {allowed}, got {value!r}.")
-        if not isinstance(accumulate, int) or accumulate < 1:
-            raise ValueError(f"accumulate must be an integer >= 1, got {accumulate!r}.")
+        if lr_scheduler_interval not in ("epoch", "step"):
+            raise ValueError(f"lr_scheduler_interval must be 'epoch' or 'step', got {lr_scheduler_interval!r}.")
+        options = {
+            "micro_batches": micro_batches,
+            "batch_norm_stats": batch_norm_stats,
+            "sync_perturbation": sync_perturbation,
+            "second_pass": second_pass,
+        }
+        kinds = type(self).__mro__
+        behind = kinds[kinds.index(SharpnessAwareModule) + 1]
+        if behind is not LightningModule:  # another module's arguments may have these names
+            theirs = inspect.signature(behind.__init__).parameters
+            given = {"optimizer": optimizer, "lr_scheduler": lr_scheduler, **options}
+            kwargs |= {name: value for name, value in given.items() if value is not None and name in theirs}
+            optimizer, lr_scheduler = (None if name in theirs else given[name] for name in _FACTORIES)  # type: ignore[assignment]
+        super().__init__(*args, **kwargs)
         self.lr_scheduler_interval = lr_scheduler_interval
-        self.accumulate = accumulate
-        self.batch_norm_stats = batch_norm_stats
-        self.sync_perturbation = sync_perturbation
         self._make_optimizer = optimizer
         self._make_lr_scheduler = lr_scheduler
-        self.is_second_pass = False  # whether `loss` runs at w + e
-        self.m_sharpness: int | None = None
-        self.register_state_dict_pre_hook(_refuse_perturbed)  # type: ignore[no-untyped-call]  # torch gives no types
+        for name, value in options.items():
+            if value is not None:
+                setattr(self, name, value)
+        self._callback()  # refuses wrong options where they are given
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Refuses a subclass with a `training_step`: it would replace the double forward-backward unseen."""
-        super().__init_subclass__(**kwargs)
-        if "training_step" in cls.__dict__:
-            raise TypeError(
-                f"{cls.__name__} must not define training_step: its loss computation belongs into "
-                "loss(batch) -> Tensor, and SharpnessAwareModule takes the step."
-            )
+    def _callback(self) -> SharpnessAwareTraining:
+        overrides = type(self).configure_optimizers is not SharpnessAwareModule.configure_optimizers
+        makes_its_own = overrides or self._make_optimizer is None
+        return SharpnessAwareTraining(
+            self.method if makes_its_own else None,
+            rho=self.rho if makes_its_own else None,
+            second_pass=self.second_pass,
+            sync_perturbation=self.sync_perturbation,
+            batch_norm_stats=self.batch_norm_stats,
+            micro_batches=self.micro_batches,
+        )
 
-    # What a subclass gives.
+    # Set by the Trainer before any hook is called: no hook that a subclass overrides could switch the steps off unseen.
 
-    def loss(self, batch: Any) -> Tensor:
-        """The mean loss of a batch, 0-dimensional; runs once per pass and micro-batch.
+    @property
+    def trainer(self) -> Trainer:
+        """The Trainer that the module is attached to."""
+        trainer: Trainer = LightningModule.trainer.fget(self)  # type: ignore[attr-defined]
+        return trainer
 
-        `self.log` in here works, and is ignored in the second pass. Whatever else should happen once per
-        batch, such as updating a metric, belongs behind `if not self.is_second_pass`.
-        """
-        raise NotImplementedError(f"{type(self).__name__} must define loss(batch) -> Tensor.")
+    @trainer.setter
+    def trainer(self, trainer: Trainer | None) -> None:
+        LightningModule.trainer.fset(self, trainer)  # type: ignore[attr-defined]
+        if not isinstance(trainer, Trainer) or trainer.lightning_module is not self:
+            return
+        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]  # of a part of the trainer
+        if not any(isinstance(callback, SharpnessAwareTraining) for callback in callbacks):
+            callbacks.insert(0, self._callback())
+
+    @property
+    def is_second_pass(self) -> bool:
+        """Whether `training_step` runs at w + e, or is being measured: not once more for a batch of the training."""
+        if "_is_measured" in vars(self):
+            return True
+        callbacks = [] if self._trainer is None else self._trainer.callbacks  # type: ignore[attr-defined]
+        return any(isinstance(callback, SharpnessAwareTraining) and callback.is_second_pass for callback in callbacks)
+
+    # What a subclass may give.
 
     def parameter_groups(self) -> Params:
         """What the optimizer is made from; override it for groups, each with its own `rho` or `lr`."""
         return self.named_parameters()
 
-    # The step.
-
-    def training_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
-        """Gradient at w, ascent to w + e, gradient at w + e, descent from w."""
-        optimizer = self.optimizers()
-        if not isinstance(optimizer, LightningOptimizer):
-            raise TypeError("SharpnessAwareModule trains with one optimizer, configure_optimizers made several.")
-        inner = optimizer.optimizer
-        self._clip_before_step_of(inner)
-        micro_batches = split_batch(batch, self.accumulate)
-        stats = RunningStats(self) if self._scaler is not None else None
-        optimizer.zero_grad()
-        if isinstance(inner, SharpnessAware):
-            first = self._backward(micro_batches, sync=self.sync_perturbation)
-            norm = self._grad_norm(inner)
-            with inner.perturbed(), self._second_pass():
-                optimizer.zero_grad(set_to_none=self.sync_perturbation or not self._finds_unused)
-                second = self._backward(micro_batches, sync=True, factor=self._skip_unless_finite(norm))
-            outputs = {"loss": first, "loss_perturbed": second}
-        else:
-            outputs = {"loss": self._backward(micro_batches, sync=True)}
-            norm = self._grad_norm(inner)
-        if stats is not None:  # a forward pass that overflowed leaves no trace, as the step is skipped
-            stats.restore(unless=global_norm(_grads(inner)).isfinite())
-        if self._shards:  # a checkpoint made of shards takes buffers from any process
-            self._share_buffers()
-        self._epoch_losses.append(outputs["loss"])
-        if self._logs_this_step:
-            self._log_step(outputs, norm, inner.param_groups[0]["lr"])
-        optimizer.step()
-        step_schedulers(self.trainer)
-        return outputs
-
-    def _backward(self, micro_batches: list[MicroBatch], sync: bool, factor: Tensor | None = None) -> Tensor:
-        """Accumulates the gradient of the batch's mean loss; synchronised in the last micro-batch only."""
-        total: list[Tensor] = []
-        for i, (micro_batch, share) in enumerate(micro_batches):
-            with nullcontext() if sync and i == len(micro_batches) - 1 else self._without_sync():
-                loss = self.loss(micro_batch)
-                if not isinstance(loss, Tensor) or loss.ndim != 0:
-                    came = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
-                    raise TypeError(f"{type(self).__name__}.loss must return a 0-dimensional tensor, got {came}.")
-                if share != 1:
-                    loss = loss * share
-                total.append(loss.detach())
-                self.manual_backward(loss if factor is None else loss * factor)
-        return torch.stack(total).sum()
-
-    @contextmanager
-    def _second_pass(self) -> Iterator[None]:
-        stats = frozen_running_stats(self) if self.batch_norm_stats == "first" else nullcontext()
-        self.is_second_pass = True
-        self._reshard()
-        try:
-            with stats:
-                yield
-        finally:
-            self.is_second_pass = False
-            self._reshard()  # a pass that failed leaves weights gathered at w + e
-
-    # Loss scaling and the optimizer.
-
-    @property
-    def _scaler(self) -> torch.amp.GradScaler | None:
-        return getattr(self.trainer.precision_plugin, "scaler", None)
-
-    def _skip_unless_finite(self, norm: Tensor | None) -> Tensor | None:
-        """A factor for the second loss: 1, or NaN if the first gradient is not finite.
-
-        Under loss scaling an overflow in either pass must skip the step, on every process: as a factor
-        it goes through the second pass's gradients, their all-reduce and the scaler's own check.
-        """
-        return None if self._scaler is None or norm is None else 1 + 0 * norm
-
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """The optimizer, and its scheduler if there is one; `training_step` steps the scheduler."""
+        """The optimizer, and its scheduler if there is one, from the factories."""
+        if self._make_optimizer is None:
+            if super().configure_optimizers.__func__ is LightningModule.configure_optimizers:  # type: ignore[attr-defined]
+                name = type(self).__name__
+                raise TypeError(f"{name} needs an optimizer: define configure_optimizers, or give optimizer=.")
+            return super().configure_optimizers()  # of another base class
         optimizer = self._make_optimizer(self.parameter_groups())
         if self._make_lr_scheduler is None:
             return optimizer
         scheduler = self._make_lr_scheduler(optimizer)
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": scheduler, "interval": self.lr_scheduler_interval},
-        }
+        config = {"scheduler": scheduler, "interval": self.lr_scheduler_interval}
+        if isinstance(scheduler, ReduceLROnPlateau):  # which looks at a metric, when there is a new one
+            every = self._trainer.check_val_every_n_epoch if self._trainer is not None else 1
+            config |= {"monitor": getattr(scheduler, "monitor", "val/loss"), "frequency": every or 1}
+        return {"optimizer": optimizer, "lr_scheduler": config}  # type: ignore[typeddict-item]
 
-    # Logging: a `self.log` costs 0.3 ms on the host, so the step logs every `log_every_n_steps` batches.
+    def configure_model(self) -> None:
+        """In ModelParallelStrategy shards every submodule by FSDP2, as `sharding.shard` does.
 
-    @property
-    def _logs_this_step(self) -> bool:
-        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by a part of the trainer
-        return every > 0 and (self.global_step + 1) % every == 0
+        Override it to cut your network in other places.
+        """
+        super().configure_model()
+        if self._trainer is not None and is_sharded(self._trainer):
+            assert self.device_mesh is not None
+            for child in self.children():
+                if any(True for _ in child.parameters()):
+                    shard(child, self.device_mesh["data_parallel"])
 
-    def _grad_norm(self, optimizer: Optimizer) -> Tensor | None:
-        """||g||, loss scaling included, in the steps that need it: for the log, or to check it."""
-        if not self._logs_this_step and self._scaler is None:
-            return None
-        return global_norm(_grads(optimizer))
-
-    def _log_step(self, outputs: dict[str, Tensor], norm: Tensor | None, learning_rate: float) -> None:
-        self._stop_if_diverged()
-        values = {f"train/{name}": value for name, value in outputs.items() if name != "loss"}
-        if norm is not None:
-            values["train/grad_norm"] = norm / (self._scaler.get_scale() if self._scaler else 1)
-        self.log("train/loss", outputs["loss"], prog_bar=True)
-        self.log_dict({**values, "lr": float(learning_rate)})
-
-    def log(self, *args: Any, **kwargs: Any) -> None:
-        """Lightning's `log`, silent in the second pass: what `loss` logs is the first pass's."""
-        if not self.is_second_pass:
-            super().log(*args, **kwargs)
-
-
-def _refuse_perturbed(module: SharpnessAwareModule, prefix: str, keep_vars: bool) -> None:
-    """Whatever would save the weights, checkpoints first of all, asks for the module's `state_dict`."""
-    if module.is_second_pass:
-        raise RuntimeError("the weights are perturbed in the second pass: save or export them outside of loss().")
-
-
-def _grads(optimizer: Optimizer) -> list[Tensor]:
-    return [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    def save_hyperparameters(self, *args: Any, ignore: Any = None, frame: Any = None, **kwargs: Any) -> None:
+        """As Lightning's; functions that make optimizers and schedulers are no hyperparameters that a file could keep."""
+        if frame is None:
+            current = inspect.currentframe()
+            frame = None if current is None else current.f_back
+        if not args and frame is not None:
+            made = [name for name in _FACTORIES if callable(frame.f_locals.get(name))]
+            ignore = [*([ignore] if isinstance(ignore, str) else ignore or []), *made]
+        super().save_hyperparameters(*args, ignore=ignore, frame=frame, **kwargs)

@@ -1,19 +1,15 @@
-"""Which distributed strategies sharpness-aware training works in: the others are refused before it starts."""
+"""Which strategies sharpness-aware training works in, and when gradients are averaged over processes there."""
 
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
-from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.strategies import (
-    DDPStrategy,
-    DeepSpeedStrategy,
-    FSDPStrategy,
-    ModelParallelStrategy,
-    ParallelStrategy,
-)
-from lightning.pytorch.strategies.xla import XLAStrategy
+from lightning.pytorch import LightningModule, Trainer
+from torch.distributed.fsdp import FSDPModule
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
 
 from sam_lightning.optim import SharpnessAware
-from sam_lightning.training.micro_batches import common_length
 
 DDP = "DDPStrategy (--trainer.strategy ddp)"
 FSDP2 = "ModelParallelStrategy(data_parallel_size=<processes>, tensor_parallel_size=1)"
@@ -23,47 +19,77 @@ class StrategyError(ValueError):
     """A strategy, or options with it, in which training would crash or silently go wrong."""
 
 
-class StrategyCheck(Callback):
-    """Refuses strategies that cannot work, and notes m, the number of samples that share a perturbation.
+def _is(strategy: object, name: str) -> bool:
+    """By its name: the classes of pytorch_lightning are others than those of lightning.pytorch."""
+    return any(kind.__name__ == name for kind in type(strategy).__mro__)
 
-    `SharpnessAwareModule` brings it along: a callback and not hooks of the module, which a subclass could
-    override and so switch off unseen. m is the module's `m_sharpness`, and goes to the loggers once.
+
+def is_sharded(trainer: Trainer) -> bool:
+    """Whether weights are sharded by FSDP2."""
+    return _is(trainer.strategy, "ModelParallelStrategy")
+
+
+def data_parallel_size(trainer: Trainer) -> int:
+    """Into how many parts each step's samples are divided."""
+    options = getattr(trainer.strategy, "distributed_sampler_kwargs", None)
+    size: int = options["num_replicas"] if options else 1
+    return size
+
+
+def shares_buffers(trainer: Trainer) -> bool:
+    """Whether all processes should use the first one's buffers, as DistributedDataParallel does by default."""
+    broadcasts = getattr(trainer.strategy.model, "broadcast_buffers", is_sharded(trainer))
+    return trainer.world_size > 1 and bool(broadcasts)
+
+
+# When gradients are averaged.
+
+
+def unsynchronised(trainer: Trainer) -> AbstractContextManager[None]:
+    """Forward and backward inside leave each process its own gradient."""
+    block = getattr(trainer.strategy, "block_backward_sync", None)
+    return nullcontext() if block is None or trainer.strategy.model is None else block()
+
+
+@contextmanager
+def synchronised(trainer: Trainer) -> Iterator[None]:
+    """Forward and backward inside average gradients over processes, also in a batch that is only accumulated."""
+    model = trainer.strategy.model
+    assert model is not None
+    if isinstance(model, DistributedDataParallel):
+        before, model.require_backward_grad_sync = model.require_backward_grad_sync, True
+        try:
+            yield
+        finally:
+            model.require_backward_grad_sync = before
+        return
+    if is_sharded(trainer) and trainer.fit_loop._should_accumulate():
+        for part in model.modules():
+            if isinstance(part, FSDPModule):
+                part.set_requires_gradient_sync(True, recurse=False)
+    yield
+
+
+# What is refused.
+
+
+def refuse_strategy(trainer: Trainer) -> None:
+    """Refuses what trains wrongly whatever the optimizer is.
+
+    Raises:
+        StrategyError: With the reason, and a strategy that works.
     """
-
-    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
-        """Refuses what trains wrongly whatever the optimizer is, before the strategy wraps the module."""
-        if stage == "fit":
-            _refuse_strategy(trainer)
-
-    def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
-        """Refuses what depends on the module's options and its optimizer, which is made by now."""
-        pl_module.m_sharpness = None
-        if isinstance(trainer.strategy, DDPStrategy):
-            _refuse_static_graph(trainer, pl_module)
-        if isinstance(trainer.strategy, ModelParallelStrategy):
-            _refuse_partly_sharded(trainer, pl_module)
-
-    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        """Notes m, of the first batch: an incomplete last one has fewer samples."""
-        samples = common_length(batch)
-        if pl_module.m_sharpness is None and _climbs(trainer) and samples is not None:
-            pl_module.m_sharpness = samples * (_shares(trainer) if pl_module.sync_perturbation else 1)
-            for logger in trainer.loggers:
-                logger.log_metrics({"m_sharpness": pl_module.m_sharpness}, step=trainer.global_step)
-
-
-def _refuse_strategy(trainer: Trainer) -> None:
     strategy = trainer.strategy
     for refused, why, instead in (
-        (FSDPStrategy, "FSDP1 holds the whole training step in its forward pass, where no backward pass runs", FSDP2),
-        (DeepSpeedStrategy, "DeepSpeed keeps gradients and weights to itself, which are needed between passes", FSDP2),
-        (XLAStrategy, "it averages gradients in the optimizer's step, behind the perturbation", DDP),
+        ("FSDPStrategy", "FSDP1 holds the whole training step in its forward pass, where no backward pass runs", FSDP2),
+        ("DeepSpeedStrategy", "DeepSpeed keeps gradients and weights to itself, which are needed between passes", FSDP2),
+        ("XLAStrategy", "it averages gradients in the optimizer's step, behind the perturbation", DDP),
     ):
-        if isinstance(strategy, refused):
+        if _is(strategy, refused):
             raise StrategyError(f"strategy {type(strategy).__name__} does not work here: {why}. Use {instead}.")
-    if not isinstance(strategy, ModelParallelStrategy):
+    if not is_sharded(trainer):
         return
-    size = strategy.device_mesh["tensor_parallel"].size()
+    size = strategy.device_mesh["tensor_parallel"].size()  # type: ignore[attr-defined]
     if size > 1:
         raise StrategyError(
             f"tensor_parallel_size must be 1, got {size}: only data parallelism is supported. Use {FSDP2}."
@@ -75,24 +101,36 @@ def _refuse_strategy(trainer: Trainer) -> None:
         )
 
 
-def _refuse_static_graph(trainer: Trainer, module: Any) -> None:
-    if not getattr(trainer.strategy.model, "static_graph", False):
-        return
-    for option, value, allowed, wrong in (
-        ("sync_perturbation", module.sync_perturbation, True, _climbs(trainer) and not module.sync_perturbation),
-        ("accumulate", module.accumulate, 1, module.accumulate > 1),
-    ):
-        if wrong:
-            raise StrategyError(
-                f"{option} must be {allowed} in DDPStrategy with static_graph=True, got {value}: such a graph "
-                f"averages gradients in every backward pass. Set {option}={allowed}, or leave static_graph out."
-            )
+def refuse_options(
+    trainer: Trainer, module: LightningModule, optimizer: Optimizer, sync_perturbation: bool, micro_batches: int
+) -> None:
+    """Refuses options that do not go with the strategy, when the optimizer has been made.
+
+    Raises:
+        StrategyError: With the option, its value, what is allowed, and why.
+    """
+    perturbs = isinstance(optimizer, SharpnessAware) and optimizer.needs_first_gradient
+    if perturbs and optimizer.needs_mean_gradient and not sync_perturbation and data_parallel_size(trainer) > 1:
+        raise StrategyError(
+            f"sync_perturbation must be True for {type(optimizer).__name__} in several processes, got False: it keeps "
+            "or combines first gradients, which must be the same everywhere."
+        )
+    if getattr(trainer.strategy.model, "static_graph", False):
+        for option, value, allowed, wrong in (
+            ("sync_perturbation", sync_perturbation, True, perturbs and not sync_perturbation),
+            ("micro_batches", micro_batches, 1, micro_batches > 1),
+        ):
+            if wrong:
+                raise StrategyError(
+                    f"{option} must be {allowed} in DDPStrategy with static_graph=True, got {value}: such a graph "
+                    f"averages gradients in every backward pass. Set {option}={allowed}, or leave static_graph out."
+                )
+    if is_sharded(trainer) and data_parallel_size(trainer) > 1:
+        _refuse_partly_sharded(module, perturbs and not sync_perturbation)
 
 
-def _refuse_partly_sharded(trainer: Trainer, module: Any) -> None:
-    if _shares(trainer) == 1:
-        return
-    if _climbs(trainer) and not module.sync_perturbation:
+def _refuse_partly_sharded(module: LightningModule, climbs_alone: bool) -> None:
+    if climbs_alone:
         raise StrategyError(
             "sync_perturbation must be True in ModelParallelStrategy, got False: the processes hold one sharded "
             f"copy of the weights, which can be in one place only. Set it, or use {DDP}, where each climbs by itself."
@@ -103,14 +141,3 @@ def _refuse_partly_sharded(trainer: Trainer, module: Any) -> None:
                 f"parameter {name} is not sharded, so that ModelParallelStrategy would not average its gradient. "
                 "Put it into a submodule of the LightningModule, or shard it in configure_model."
             )
-
-
-def _climbs(trainer: Trainer) -> bool:
-    return any(isinstance(optimizer, SharpnessAware) for optimizer in trainer.optimizers)
-
-
-def _shares(trainer: Trainer) -> int:
-    """Into how many parts each step's samples are divided."""
-    strategy = trainer.strategy
-    shares: int = strategy.distributed_sampler_kwargs["num_replicas"] if isinstance(strategy, ParallelStrategy) else 1
-    return shares

@@ -46,7 +46,7 @@ def classifier(optimizer=SAM_SGD, width=4):
 def test_signals_are_those_of_both_passes(trainer, tmp_path, accumulate):
     """Against a loop that takes both gradients by itself; normalisation would see other micro-batches."""
     found = logged(
-        trainer, tmp_path, Regression(network=make_network(norm=False), accumulate=accumulate), SharpnessMonitor(0)
+        trainer, tmp_path, Regression(network=make_network(norm=False), micro_batches=accumulate), SharpnessMonitor(0)
     )
     network = make_network(norm=False)
     optimizer = SAM_SGD(list(network.named_parameters()))
@@ -129,11 +129,11 @@ def test_measuring_passes_log_and_count_nothing(trainer, tmp_path):
     class Counting(Regression):
         counted = 0
 
-        def loss(self, batch):
+        def training_step(self, batch, batch_idx):
             self.log("train/mine", 1.0)
             if not self.is_second_pass:
                 self.counted += 1
-            return super().loss(batch)
+            return super().training_step(batch, batch_idx)
 
     class Data(LightningDataModule):
         def train_dataloader(self):

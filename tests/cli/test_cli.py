@@ -314,9 +314,9 @@ def test_a_module_in_the_current_folder_is_found_and_interruptions_say_how_to_go
         "import os, signal\n"
         "from sam_lightning.models import ImageClassifier\n"
         "class Interrupted(ImageClassifier):\n"
-        "    def loss(self, batch):\n"
+        "    def training_step(self, batch, batch_idx):\n"
         "        if self.trainer.current_epoch == 1: os.kill(os.getpid(), signal.SIGINT)\n"
-        "        return super().loss(batch)\n"
+        "        return super().training_step(batch, batch_idx)\n"
     )
     script = Path(sys.executable).with_name("sam-lightning")
     words = [

@@ -159,12 +159,12 @@ def test_training_that_diverges_ends_when_it_logs_next(capsys):
 @pytest.mark.parametrize("how", ["state_dict", "checkpoint"])
 def test_perturbed_weights_are_not_given_away(trainer, tmp_path, how):
     class Exporting(Regression):
-        def loss(self, batch):
+        def training_step(self, batch, batch_idx):
             if self.is_second_pass and how == "state_dict":
                 torch.save(self.state_dict(), tmp_path / "weights.pt")
             if self.is_second_pass and how == "checkpoint":
                 self.trainer.save_checkpoint(tmp_path / "weights.pt", weights_only=True)
-            return super().loss(batch)
+            return super().training_step(batch, batch_idx)
 
     with pytest.raises(RuntimeError, match="the weights are perturbed in the second pass: save or export them outside"):
         trainer().fit(Exporting(SAM_SGD), loader())

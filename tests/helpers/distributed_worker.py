@@ -16,6 +16,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from torch.distributed.nn.functional import all_reduce
 from torch.utils.data import DataLoader, DistributedSampler
 
+from sam_lightning.training import SharpnessAwareTraining
 from regression import SAM_SGD, SGD, Branches, Regression, loader, make_data, make_network, state_of
 
 SYNC, LOCAL = {"sync_perturbation": True}, {"sync_perturbation": False}
@@ -23,11 +24,11 @@ SYNC, LOCAL = {"sync_perturbation": True}, {"sync_perturbation": False}
 PLAIN = {
     "sync": (SYNC, {}),
     "local": (LOCAL, {}),
-    "sync-accumulate": (SYNC | {"accumulate": 2}, {}),
-    "local-accumulate": (LOCAL | {"accumulate": 2}, {}),
-    "sync-view": (SYNC | {"gradient_clip_norm": 0.5}, {"gradient_as_bucket_view": True}),
-    "local-view": (LOCAL | {"gradient_clip_norm": 0.5}, {"gradient_as_bucket_view": True}),
-    "local-view-accumulate": (LOCAL | {"accumulate": 2}, {"gradient_as_bucket_view": True}),
+    "sync-accumulate": (SYNC | {"micro_batches": 2}, {}),
+    "local-accumulate": (LOCAL | {"micro_batches": 2}, {}),
+    "sync-view": (SYNC | {"clip": 0.5}, {"gradient_as_bucket_view": True}),
+    "local-view": (LOCAL | {"clip": 0.5}, {"gradient_as_bucket_view": True}),
+    "local-view-accumulate": (LOCAL | {"micro_batches": 2}, {"gradient_as_bucket_view": True}),
     "sync-static": (SYNC, {"static_graph": True}),
     "sgd": ({"optimizer": SGD}, {}),
     "sgd-static": ({"optimizer": SGD}, {"static_graph": True}),
@@ -59,9 +60,9 @@ class Unused(Regression):
         super().__init__(network=Branches(), **options)
         self.used = used
 
-    def loss(self, batch):
+    def training_step(self, batch, batch_idx):
         self.network.takes_second = self.used(self)
-        return super().loss(batch)
+        return super().training_step(batch, batch_idx)
 
 
 class OverflowOnOneRank(Regression):
@@ -71,8 +72,8 @@ class OverflowOnOneRank(Regression):
         super().__init__(**options)
         self.bad_pass = bad_pass
 
-    def loss(self, batch):
-        loss = super().loss(batch)
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
         here = self.global_rank == 1 and self.global_step == 2 and self.is_second_pass == (self.bad_pass == 2)
         return loss + (0 * self.network[0].weight.sum() * math.inf if here else 0)
 
@@ -143,18 +144,20 @@ def fit(module, samples=160, validate=False, ddp=None, ragged=False, accelerator
         "reductions": watch.reductions,
         "after": watch.after,
         "optimizer": trainer.optimizers[0].state_dict()["state"],
-        "m": module.m_sharpness,
+        "m": next(c.m_sharpness for c in trainer.callbacks if isinstance(c, SharpnessAwareTraining)),
     }
 
 
 def on_the_cpu():
     results = {}
     for name, (options, ddp) in PLAIN.items():
-        results[name] = fit(Regression(network=make_network(norm=False), **options), ddp=ddp)
+        clip = options.pop("clip", None)
+        module = Regression(network=make_network(norm=False), **options)
+        results[name] = fit(module, ddp=ddp, gradient_clip_val=clip)
     for mode, options in {"sync": SYNC, "local": LOCAL}.items():
         plain = {"network": make_network(norm=False), **options}
         results[f"{mode}-short-last"] = fit(Regression(**plain), samples=150)
-        plain = {"network": make_network(norm=False), **options, "accumulate": 2}
+        plain = {"network": make_network(norm=False), **options, "micro_batches": 2}
         results[f"{mode}-ragged-last"] = fit(Regression(**plain), ragged=True)
     for name, used in UNUSED.items():
         for mode, options in {"sync": SYNC, "local": LOCAL}.items():

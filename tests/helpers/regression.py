@@ -12,7 +12,7 @@ from sam_lightning import SAM
 from sam_lightning.data.loader import BatchLoader
 from sam_lightning.data.sampler import EpochSampler
 from sam_lightning.optim.batch_norm import frozen_running_stats
-from sam_lightning.training.module import SharpnessAwareModule
+from sam_lightning.training import SharpnessAwareModule
 
 SGD = partial(torch.optim.SGD, lr=0.05, momentum=0.9, weight_decay=1e-3)
 SAM_SGD = partial(SAM, base=SGD, rho=0.1)
@@ -87,10 +87,10 @@ def resumable(workers: int = 0) -> BatchLoader:
 
 class Regression(SharpnessAwareModule):
     def __init__(self, optimizer=SAM_SGD, network: nn.Module | None = None, **options):
-        super().__init__(optimizer, **options)
+        super().__init__(optimizer=optimizer, **options)
         self.network = network or make_network()
 
-    def loss(self, batch):
+    def training_step(self, batch, batch_idx):
         x, y = batch
         return mse_loss(self.network(x), y)
 

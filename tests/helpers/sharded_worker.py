@@ -122,10 +122,10 @@ class Validated(Regression):
 class Failing(Regression):
     """The second pass of step 3 fails on every rank, in a layer that has gathered its weights."""
 
-    def loss(self, batch):
+    def training_step(self, batch, batch_idx):
         if self.global_step == 3 and self.is_second_pass:
             self._hook = self.network[4].register_forward_pre_hook(self._fail)
-        return super().loss(batch)
+        return super().training_step(batch, batch_idx)
 
     def _fail(self, *_):
         self._hook.remove()
@@ -137,8 +137,8 @@ class HalfSharded(Regression):
         super().__init__(**options)
         self.scale = nn.Parameter(torch.ones(()))
 
-    def loss(self, batch):
-        return super().loss(batch) * self.scale
+    def training_step(self, batch, batch_idx):
+        return super().training_step(batch, batch_idx) * self.scale
 
 
 class OwnCut(Regression):
@@ -234,8 +234,8 @@ def plain(**options):
 def in_lightning(folder):
     results = {
         "sync": fit(plain(**SYNC)),
-        "accumulate": fit(plain(**SYNC, accumulate=2)),
-        "clip": fit(plain(**SYNC, gradient_clip_norm=0.05)),
+        "accumulate": fit(plain(**SYNC, micro_batches=2)),
+        "clip": fit(plain(**SYNC), gradient_clip_val=0.05),
         "sgd": fit(plain(optimizer=SGD)),
         "short-last": fit(plain(**SYNC), samples=150),
         "own-cut": fit(OwnCut(network=make_network(norm=False), **SYNC)),
@@ -256,7 +256,7 @@ def in_lightning(folder):
         "tensor-parallel": refused(plain(**SYNC), strategy=ModelParallelStrategy(1, 2)),
         "fp16": refused(plain(**SYNC), plugins=[scaler]),
         "static-local": refused(plain(), strategy=DDPStrategy(static_graph=True)),
-        "static-accumulate": refused(plain(**SYNC, accumulate=2), strategy=DDPStrategy(static_graph=True)),
+        "static-accumulate": refused(plain(**SYNC, micro_batches=2), strategy=DDPStrategy(static_graph=True)),
         "fsdp1": refused(plain(**SYNC), strategy=Fsdp1()),
         "fsdp1-sgd": refused(plain(optimizer=SGD), strategy=Fsdp1()),
     }

@@ -82,9 +82,9 @@ def test_label_smoothing_is_checked(bad):
 
 def test_the_precision_of_the_trainer_reaches_the_images(trainer):
     class Watching(ImageClassifier):
-        def loss(self, batch):
+        def training_step(self, batch, batch_idx):
             seen.append(batch[0].dtype)
-            return super().loss(batch)
+            return super().training_step(batch, batch_idx)
 
     for precision, dtype in (("32-true", torch.float32), ("bf16-true", torch.bfloat16), ("64-true", torch.float64)):
         seen = []

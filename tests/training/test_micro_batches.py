@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sam_lightning.training.micro_batches import split_batch
+from sam_lightning.training.micro_batches import common_length, split_batch
 
 
 def test_one_part_is_the_batch_itself():
@@ -27,3 +27,20 @@ def test_what_cannot_be_cut_is_refused():
         split_batch(["a", "b"], 2)
     with pytest.raises(ValueError, match=r"one length in a batch, got \[2, 3\]"):
         split_batch([torch.zeros(2), torch.zeros(3)], 2)
+
+
+def test_a_list_that_may_hold_a_sample_in_each_tensor_is_refused():
+    """Four sequences of ten would else be cut in time, without a word."""
+    sequences = [torch.randn(10, 4) for _ in range(4)]
+    with pytest.raises(TypeError, match=r"list of 4 tensors of 10 rows, which may be as many samples; .* split_batch"):
+        split_batch(sequences, 2)
+    assert common_length(sequences) is None
+    assert common_length([torch.randn(10, 4), torch.randn(10)]) == 10  # images and labels, as they are collated
+
+
+def test_a_module_may_cut_its_own_batches():
+    class Own(torch.nn.Module):
+        def split_batch(self, batch, count):
+            return [(batch[i::count], len(batch[i::count]) / len(batch)) for i in range(count)]
+
+    assert split_batch(list("abc"), 2, Own()) == [(["a", "c"], 2 / 3), (["b"], 1 / 3)]

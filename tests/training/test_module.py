@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.plugins import MixedPrecision
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.optim.lr_scheduler import CosineAnnealingLR, StepLR
 
 from regression import SAM_SGD, SGD, Regression, assert_same, bare_loop, loader, make_network, resumable, state_of
@@ -33,8 +34,8 @@ class Recorder(Callback):
 @pytest.mark.parametrize("both", [False, True], ids=["stats-first", "stats-both"])
 @pytest.mark.parametrize("clip", [None, 0.05])
 def test_training_equals_the_bare_loop(trainer, factory, both, clip):
-    module = Regression(factory, batch_norm_stats="both" if both else "first", gradient_clip_norm=clip)
-    fit = trainer(max_epochs=2)
+    module = Regression(factory, batch_norm_stats="both" if both else "first")
+    fit = trainer(max_epochs=2, gradient_clip_val=clip)
     fit.fit(module, loader())
 
     network = make_network()
@@ -45,7 +46,7 @@ def test_training_equals_the_bare_loop(trainer, factory, both, clip):
 
 @pytest.mark.parametrize("micro", [2, 3, 8, 20])
 def test_micro_batches_equal_the_written_out_accumulation(trainer, micro):
-    module = Regression(network=make_network(norm=False), accumulate=micro)
+    module = Regression(network=make_network(norm=False), micro_batches=micro)
     fit = trainer()
     fit.fit(module, loader(batch_size=10, samples=64))  # the last batch has 4
 
@@ -65,8 +66,7 @@ def test_micro_batches_equal_the_written_out_accumulation(trainer, micro):
 def test_global_step_counts_batches_and_max_steps_stops(trainer, tmp_path):
     checkpoint = ModelCheckpoint(tmp_path, every_n_train_steps=2, save_top_k=-1, filename="{step}")
     fit = trainer(max_steps=5, max_epochs=-1, callbacks=[checkpoint], enable_checkpointing=True)
-    with pytest.warns(UserWarning, match="Using ModelCheckpoint with manual optimization"):
-        fit.fit(Regression(), loader())
+    fit.fit(Regression(), loader())
     assert fit.global_step == 5
     assert sorted(path.name for path in tmp_path.glob("*.ckpt")) == ["step=2.ckpt", "step=4.ckpt"]
 
@@ -96,7 +96,7 @@ def test_reduce_on_plateau_sees_the_validation(trainer):
     fit.fit(Flat(lr_scheduler=plateau), loader(), loader())
     assert fit.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.05 * 0.1**2)
 
-    with pytest.raises(ValueError, match="monitors 'val/loss', logged were"):
+    with pytest.raises(MisconfigurationException, match="metric val/loss which is not available"):
         trainer().fit(Regression(lr_scheduler=plateau), loader())
 
 
@@ -104,8 +104,8 @@ def test_logs_are_gated_and_named(trainer, monkeypatch):
     logged = {}
 
     class Listening(Regression):
-        def loss(self, batch):
-            loss = super().loss(batch)
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
             self.log("own", loss.detach())
             return loss
 
@@ -114,7 +114,7 @@ def test_logs_are_gated_and_named(trainer, monkeypatch):
         logged.setdefault(name, []).append((batch, float(value)))
 
     monkeypatch.setattr(LightningModule, "log", listen)
-    trainer(log_every_n_steps=3).fit(Listening(gradient_clip_norm=1e-3), loader())
+    trainer(log_every_n_steps=3, gradient_clip_val=1e-3).fit(Listening(), loader())
     for name in ("train/loss", "train/loss_perturbed", "train/grad_norm", "lr"):
         assert [step for step, _ in logged[name]] == [3, 6], name
     assert len(logged["own"]) == 8  # once per batch, not per pass
@@ -138,9 +138,9 @@ def test_bf16_mixed_perturbs_in_float32(trainer):
     seen = []
 
     class Watching(Regression):
-        def loss(self, batch):
+        def training_step(self, batch, batch_idx):
             seen.append((self.is_second_pass, [p.detach().clone() for p in self.parameters()]))
-            return super().loss(batch)
+            return super().training_step(batch, batch_idx)
 
     trainer(precision="bf16-mixed", max_steps=1).fit(Watching(), loader())
     (_, before), (second, after) = seen
@@ -156,9 +156,9 @@ def half_precision(scale=1024.0, growth_interval=2000):
 
 @pytest.mark.parametrize(("scale", "growth_interval"), [(1024.0, 2000), (2.0, 1)], ids=["constant", "growing"])
 def test_fp16_scaling_equals_the_bare_loop_with_a_scaler(trainer, scale, growth_interval):
-    module = Regression(gradient_clip_norm=0.05)
+    module = Regression()
     plugin = half_precision(scale, growth_interval)
-    fit = trainer(plugins=[plugin], log_every_n_steps=1)
+    fit = trainer(plugins=[plugin], log_every_n_steps=1, gradient_clip_val=0.05)
     fit.fit(module, loader())
 
     network = make_network()
@@ -189,8 +189,8 @@ def test_fp16_scaling_equals_the_bare_loop_with_a_scaler(trainer, scale, growth_
 @pytest.mark.parametrize("factory", [SAM_SGD, ASAM_SGD], ids=["sam", "asam"])
 def test_an_overflow_in_either_pass_skips_the_step(trainer, bad_pass, factory):
     class Overflowing(Regression):
-        def loss(self, batch):
-            loss = super().loss(batch)
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
             overflows = self.global_step == 3 and self.is_second_pass == (bad_pass == 2)
             return loss + (0 * self.network[0].weight.sum() * math.inf if overflows else 0)
 
@@ -212,10 +212,10 @@ def test_an_overflow_in_either_pass_skips_the_step(trainer, bad_pass, factory):
 @pytest.mark.parametrize("factory", [SGD, SAM_SGD], ids=["sgd", "sam"])
 def test_an_overflow_of_activations_leaves_no_trace(trainer, bad_pass, stats, factory):
     class Overflowing(Regression):
-        def loss(self, batch):
+        def training_step(self, batch, batch_idx):
             x, y = batch
             overflows = self.global_step == 3 and self.is_second_pass == (bad_pass == 2)
-            return super().loss((x * 1e6 if overflows else x, y))
+            return super().training_step((x * 1e6 if overflows else x, y), batch_idx)
 
     plugin, recorder = half_precision(), Recorder()
     trainer(plugins=[plugin], callbacks=[recorder]).fit(Overflowing(factory, batch_norm_stats=stats), loader())
@@ -226,22 +226,14 @@ def test_an_overflow_of_activations_leaves_no_trace(trainer, bad_pass, stats, fa
     assert recorder.states[-1]["network.1.num_batches_tracked"] > 3
 
 
-def test_a_leftover_training_step_is_refused():
-    with pytest.raises(TypeError, match=r"Ported must not define training_step: .* loss\(batch\)"):
-
-        class Ported(Regression):
-            def training_step(self, batch, batch_idx):
-                return self.loss(batch)
-
-
 def test_clipping_does_not_hang_on_a_hook(trainer):
     class Hooked(Regression):
         def on_before_optimizer_step(self, optimizer):
             """A user's own, without super()."""
 
-    module = Hooked(partial(SAM, base=partial(torch.optim.SGD, lr=1.0)), gradient_clip_norm=1e-6)
+    module = Hooked(partial(SAM, base=partial(torch.optim.SGD, lr=1.0)))
     before = state_of(module)
-    trainer(max_steps=1).fit(module, loader())
+    trainer(max_steps=1, gradient_clip_val=1e-6).fit(module, loader())
     moved = torch.cat([(p - before[n]).flatten() for n, p in module.named_parameters()]).norm()
     assert 0 < moved.item() < 2e-6  # 1e-6 but for the rounding of weights near 1
 
@@ -268,12 +260,12 @@ def test_an_error_in_the_second_pass_leaves_the_weights(trainer, error):
     before = {}
 
     class Failing(Regression):
-        def loss(self, batch):
+        def training_step(self, batch, batch_idx):
             if self.global_step == 2:
                 if self.is_second_pass:
                     raise error
                 before.update(state_of(self))
-            return super().loss(batch)
+            return super().training_step(batch, batch_idx)
 
     module = Failing()
     with pytest.raises(SystemExit if isinstance(error, KeyboardInterrupt) else type(error)):
@@ -290,7 +282,6 @@ def test_an_error_in_the_second_pass_leaves_the_weights(trainer, error):
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("stop", [5, 8, 11], ids=["mid-first-epoch", "epoch-end", "mid-second-epoch"])
 @pytest.mark.filterwarnings("ignore:You are resuming from a checkpoint that ended before the epoch ended")  # exact here
-@pytest.mark.filterwarnings("ignore:Using ModelCheckpoint with manual optimization")  # saved after the step: as meant
 @pytest.mark.filterwarnings("ignore:The dirpath has changed")  # of callbacks that compare nothing
 def test_resume_is_bit_identical(trainer, tmp_path, factory, workers, stop):
     """Momentum, dropout, order, running statistics, schedule and the epoch's mean loss, from a fresh module."""

@@ -130,7 +130,7 @@ def test_a_failed_second_pass_leaves_no_perturbed_weights_gathered(ranks):
         ("tensor-parallel", "tensor_parallel_size must be 1, got 2"),
         ("fp16", "precision 16-mixed does not work in ModelParallelStrategy"),
         ("static-local", r"sync_perturbation must be True in DDPStrategy with static_graph=True, got False"),
-        ("static-accumulate", "accumulate must be 1 in DDPStrategy with static_graph=True, got 2"),
+        ("static-accumulate", "micro_batches must be 1 in DDPStrategy with static_graph=True, got 2"),
         ("fsdp1", "strategy Fsdp1 does not work here: FSDP1 .* Use ModelParallelStrategy"),
         ("fsdp1-sgd", "strategy Fsdp1 does not work here: FSDP1 .* Use ModelParallelStrategy"),
     ],

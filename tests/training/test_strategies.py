@@ -4,12 +4,14 @@ import csv
 from types import SimpleNamespace
 
 import pytest
+from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from lightning.pytorch.strategies.xla import XLAStrategy
 
 from regression import SGD, Regression, loader
-from sam_lightning.training.strategies import StrategyCheck, StrategyError
+from sam_lightning.training import SharpnessAwareTraining
+from sam_lightning.training.strategies import StrategyError, refuse_strategy
 
 
 @pytest.mark.parametrize(
@@ -23,8 +25,7 @@ from sam_lightning.training.strategies import StrategyCheck, StrategyError
 def test_strategies_that_cannot_work_are_refused_before_they_wrap(strategy, message):
     trainer = SimpleNamespace(strategy=object.__new__(strategy))  # their own packages are not needed for that
     with pytest.raises(StrategyError, match=message):
-        StrategyCheck().setup(trainer, None, "fit")
-    StrategyCheck().setup(trainer, None, "validate")
+        refuse_strategy(trainer)
 
 
 def test_a_subclass_cannot_lose_the_check(trainer):
@@ -35,20 +36,23 @@ def test_a_subclass_cannot_lose_the_check(trainer):
         def on_fit_start(self):
             """As well."""
 
+        def configure_callbacks(self):
+            return [EarlyStopping("train/loss_epoch")]
+
     fit = trainer()
     fit.fit(Hooked(), loader())
-    assert any(isinstance(callback, StrategyCheck) for callback in fit.callbacks)
+    assert any(isinstance(callback, SharpnessAwareTraining) for callback in fit.callbacks)
 
 
 def test_m_is_logged_once(trainer, tmp_path):
-    module = Regression(accumulate=2)
-    trainer(logger=CSVLogger(tmp_path), max_epochs=2).fit(
-        module, loader(batch_size=10, samples=64)
+    sharp = SharpnessAwareTraining(micro_batches=2)
+    trainer(logger=CSVLogger(tmp_path), max_epochs=2, callbacks=[sharp]).fit(
+        Regression(), loader(batch_size=10, samples=64)
     )  # the last batch has 4
-    assert module.m_sharpness == 10
+    assert sharp.m_sharpness == 10
     rows = csv.DictReader((tmp_path / "lightning_logs/version_0/metrics.csv").read_text().splitlines())
     assert [row["m_sharpness"] for row in rows if row["m_sharpness"]] == ["10"]
 
-    plain = Regression(SGD)
-    trainer().fit(plain, loader())
+    plain = SharpnessAwareTraining(None)
+    trainer(callbacks=[plain]).fit(Regression(SGD), loader())
     assert plain.m_sharpness is None

@@ -1,0 +1,197 @@
+"""What a training step may change besides the trained weights: buffers, metrics, queues, counters, teachers."""
+
+from collections.abc import Callable, Iterable, Iterator, MutableMapping
+from types import FunctionType, MethodType, ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from sam_lightning.optim.batch_copies import version
+from sam_lightning.optim.mutable_values import Restore, is_small, restorer
+from sam_lightning.optim.shards import local_parts
+
+_MODULE_ATTRIBUTES = frozenset(vars(nn.Module()))
+# Objects of these packages are settings or machinery, not what a training step counts and collects.
+_MACHINERY = {"builtins", "functools", "torch", "torchvision", "lightning", "pytorch_lightning", "numpy", "omegaconf"}
+
+
+class ModuleState:
+    """Takes and restores the state of a module around a pass that may change it.
+
+    State is every buffer, every parameter that is not trained, and every attribute of submodules and of plain objects
+    that they hold: tensors, numbers, lists, dictionaries, arrays, generators; torchmetrics are modules like others.
+    Attributes of torch's own layers are settings, and are left alone.
+
+    A tensor of up to 1 MiB is copied every time. Of a larger buffer one copy is kept, and renewed where the version
+    counter says that it has changed, so that a constant one costs no step more than its memory. Changes through `.data`
+    escape that counter: all are compared once, after the first pass ever, and those that changed are copied from then
+    on. Parameters that are not trained are copied for that first comparison only, if they are not far more than the
+    trained ones; those that it finds changed, such as a teacher's, are copied every time.
+
+    Args:
+        module: The module.
+        trained: Gives its parameters that the optimizer moves now; a finetuning may thaw some later.
+        running_stats: Whether normalisation layers' running statistics are part of the state.
+
+    Attributes:
+        unguarded: Names of tensors that were changed without a copy of what they had been; emptied by the reader.
+        teachers: Names of parameters that are not trained, and that passes change.
+    """
+
+    def __init__(self, module: nn.Module, trained: Callable[[], Iterable[Tensor]], running_stats: bool = True) -> None:
+        self.unguarded: list[str] = []
+        self.teachers: list[str] = []
+        self._module = module
+        self._trained = trained
+        self._running_stats = running_stats
+        self._changing: set[str] = set()  # names of large tensors that passes are known to change
+        self._kept: dict[str, tuple[Tensor, int, Tensor]] = {}  # large tensors: the tensor, its version, its copy
+        self._has_observed_a_pass = False
+        moved = set(trained())
+        others = sum(p.numel() for p in module.parameters() if p not in moved)
+        self._compares_others = others <= 2 * sum(p.numel() for p in moved) + 2**20
+
+    @torch.no_grad()
+    def take(self) -> None:
+        """Notes the state before a pass."""
+        self._start = _Attributes(self._owners())
+        self._copied: dict[str, Tensor] = {}
+        self._watched: dict[str, tuple[Tensor, int]] = {}
+        self._changed_unseen: list[Tensor] = []  # whose values before the pass are not known
+        self._parameters: set[str] = set()
+        for name, tensor, kind in self._tensors():
+            if kind == "parameter":
+                self._parameters.add(name)
+            if name in self._changing or is_small(tensor):
+                self._copied[name] = tensor
+                continue
+            now = version(tensor)
+            self._watched[name] = tensor, now
+            kept = self._kept.get(name)
+            is_known = kept is not None and kept[0] is tensor and kept[1] == now
+            if not is_known and (kind == "buffer" or not self._has_observed_a_pass):
+                self._kept[name] = tensor, now, tensor.detach().clone()
+        self._start_values = [tensor.detach().clone() for tensor in self._copied.values()]
+
+    @torch.no_grad()
+    def rewind(self) -> None:
+        """After the pass: notes the state in which it ended, and restores the one in which it began."""
+        self._observe()
+        self._end = _Attributes(self._owners())
+        self._end_values = [tensor.detach().clone() for tensor in [*self._copied.values(), *self._changed_unseen]]
+        self._start.restore()
+        _copy(self._start_values, list(self._copied.values()))
+
+    @torch.no_grad()
+    def fast_forward(self) -> None:
+        """After another pass: restores the state in which the first one ended."""
+        self._end.restore()
+        _copy(self._end_values, [*self._copied.values(), *self._changed_unseen])
+        for name, (tensor, before) in self._watched.items():
+            if version(tensor) != before and name in self._kept:
+                tensor.detach().copy_(self._kept[name][2])
+        del self._start, self._end, self._copied, self._watched, self._start_values, self._end_values
+
+    def restore_attributes(self) -> None:
+        """Within a pass: gives attributes, lists and counters what they began with; tensors that are in use stay."""
+        self._start.restore()
+
+    def _observe(self) -> None:
+        """Finds the large tensors that the pass has changed, and moves them to those that are copied."""
+        for name, (tensor, before) in list(self._watched.items()):
+            kept = self._kept.get(name)
+            changed = version(tensor) != before
+            if not self._has_observed_a_pass and kept is not None:
+                changed = changed or not torch.equal(tensor, kept[2])
+            if not changed:
+                continue
+            self._changing.add(name)
+            del self._watched[name]
+            self._kept.pop(name, None)
+            if kept is None or kept[0] is not tensor:
+                self.unguarded.append(name)
+                self._changed_unseen.append(tensor)
+            else:
+                self._copied[name] = tensor
+                self._start_values.append(kept[2])
+        if not self._has_observed_a_pass:
+            self._has_observed_a_pass = True
+            pairs = zip(self._copied.items(), self._start_values, strict=True)
+            changed_now = {name for (name, tensor), before in pairs if not torch.equal(tensor, before)}
+            self.teachers = [name for name in self._copied if name in changed_now & self._parameters]
+            buffers = {name for name, _, kind in self._tensors() if kind == "buffer"}
+            self._kept = {name: kept for name, kept in self._kept.items() if name in buffers}
+
+    # Where state lies.
+
+    def _tensors(self) -> Iterator[tuple[str, Tensor, str]]:
+        """(name, tensor, buffer or attribute or parameter) of everything that has values of its own to keep."""
+        for prefix, attributes, is_buffers in self._owners():
+            for key, value in attributes.items():
+                if not isinstance(value, Tensor) or value.requires_grad or is_lazy(value) or value.is_inference():
+                    continue
+                if is_buffers and not self._running_stats and is_running_statistic(key):
+                    continue
+                yield prefix + key, value, "buffer" if is_buffers else "attribute"
+        if self._has_observed_a_pass or self._compares_others:
+            moved = set(self._trained())
+            for name, parameter in self._module.named_parameters():
+                if parameter not in moved and not is_lazy(parameter):
+                    yield name, parameter, "parameter"
+
+    def _owners(self) -> Iterator[tuple[str, MutableMapping[str, Any], bool]]:
+        """(prefix of the names, attributes, whether they are buffers) of modules and of the objects they hold."""
+        for path, module in self._module.named_modules():
+            prefix = f"{path}." if path else ""
+            if isinstance(module, torch.jit.ScriptModule):
+                yield prefix, dict(module.named_buffers(recurse=False)), True
+                continue
+            if module._buffers:
+                yield prefix, module._buffers, True
+            if type(module).__module__.startswith("torch."):
+                continue
+            yield prefix, vars(module), False
+            for key, value in list(vars(module).items()):
+                if key not in _MODULE_ATTRIBUTES and _collects(value):
+                    yield f"{prefix}{key}.", vars(value), False
+
+
+class _Attributes:
+    """The attributes of all owners at one moment, and what their mutable values hold."""
+
+    def __init__(self, owners: Iterator[tuple[str, MutableMapping[str, Any], bool]]) -> None:
+        self._values: list[tuple[MutableMapping[str, Any], dict[str, Any]]] = []
+        self._restorers: list[Restore] = []
+        for _, attributes, _ in owners:
+            values = {key: value for key, value in attributes.items() if key not in _MODULE_ATTRIBUTES}
+            self._values.append((attributes, values))
+            self._restorers += [restore for value in values.values() if (restore := restorer(value))]
+
+    def restore(self) -> None:
+        for attributes, values in self._values:
+            for key in [key for key in attributes if key not in values and key not in _MODULE_ATTRIBUTES]:
+                del attributes[key]
+            for key, value in values.items():
+                if attributes.get(key, self) is not value:
+                    attributes[key] = value
+        for restore in self._restorers:
+            restore()
+
+
+def is_running_statistic(name: str) -> bool:
+    """Whether a buffer is a normalisation layer's running statistic, by torch's names."""
+    return name.startswith("running_") or name == "num_batches_tracked"
+
+
+def _collects(value: Any) -> bool:
+    """Whether this is a plain object of the user's, which may collect or count something."""
+    if isinstance(value, nn.Module | Tensor | type | FunctionType | MethodType | ModuleType):
+        return False
+    return hasattr(value, "__dict__") and type(value).__module__.partition(".")[0] not in _MACHINERY
+
+
+def _copy(values: list[Tensor], tensors: list[Tensor]) -> None:
+    if tensors:
+        torch._foreach_copy_(local_parts([t.detach() for t in tensors]), local_parts(values))

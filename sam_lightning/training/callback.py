@@ -1,0 +1,293 @@
+"""Sharpness-aware training of a LightningModule that knows nothing of it."""
+
+import sys
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+from torch.optim import Optimizer
+
+from sam_lightning import optim
+from sam_lightning.optim import SharpnessAware
+from sam_lightning.optim.replay import Replay
+from sam_lightning.training.divergence import refuse_diverged
+from sam_lightning.training.logs import StepLogs
+from sam_lightning.training.micro_batches import common_length
+from sam_lightning.training.resume import go_on_with_the_next_epoch
+from sam_lightning.training.sharding import share_buffers
+from sam_lightning.training.sharp_step import SharpStep
+from sam_lightning.training.strategies import data_parallel_size, refuse_options, refuse_strategy, shares_buffers
+
+Method = type[SharpnessAware] | Callable[..., SharpnessAware] | str
+
+
+class SharpnessAwareTraining(Callback):
+    """Makes any LightningModule that is written for automatic optimization take sharp steps.
+
+        Trainer(max_epochs=10, callbacks=[SharpnessAwareTraining(SAM, rho=0.05)]).fit(module, data)
+
+    The module stays as it is: its `training_step`, `configure_optimizers`, hooks, logs and checkpoints, and the
+    Trainer's `gradient_clip_val` (of the gradient that descends) and `accumulate_grad_batches` (each batch climbs from
+    the same w, and the step descends along their mean). There is one optimizer step where there was one.
+
+    Every `log_every_n_steps` steps it logs `train/loss` (first pass), `train/loss_perturbed` (second pass),
+    `train/grad_norm` (||g|| at w, before clipping) and `lr`, and per epoch `train/loss_epoch`, the mean over batches of
+    the first pass's loss; names that the module logs itself are the module's.
+
+    `Tuner.lr_find` and `Tuner.scale_batch_size` set all callbacks aside, this one too, and so search with plain steps;
+    `SharpnessAwareModule` searches with sharp ones.
+
+    Args:
+        method: A class of `sam_lightning`, its name, or a function from an optimizer's parameters to one; it is put
+            around the optimizer that the module makes.
+        rho: Radius of the perturbation; by default the method's own.
+        second_pass: `replay` makes the second pass the same function as the first: same random numbers, batch, buffers
+            and metrics; `fresh` draws new random numbers.
+        sync_perturbation: In data-parallel training, whether all processes climb along their mean gradient (two
+            all-reduces a step) or each along its own (m-sharpness with m the batch of one process; one all-reduce a
+            step, and a different method).
+        batch_norm_stats: The passes that update running statistics: the first only, or both.
+        micro_batches: Number of parts that each batch is cut into, to save memory, with one perturbation for all.
+            Normalisation layers see the parts.
+        options: The method's other options, such as `every=5` or ASAM's `eta`.
+
+    Raises:
+        ValueError: If an option is not one of those allowed.
+
+    Attributes:
+        m_sharpness: The number of samples that share a perturbation, known once training has begun; `None` without a
+            sharpness-aware optimizer. Logged once.
+    """
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> "SharpnessAwareTraining":
+        """Of both kinds of callback, where the package's other name `pytorch_lightning` is in use, too."""
+        twin = sys.modules.get("pytorch_lightning")
+        if twin is not None and not issubclass(cls, twin.Callback):
+            cls = type(cls.__name__, (cls, twin.Callback), {"__module__": cls.__module__, "__qualname__": cls.__qualname__})
+        return super().__new__(cls)
+
+    def __init__(
+        self,
+        method: Method | None = "SAM",
+        rho: float | None = None,
+        second_pass: Literal["replay", "fresh"] = "replay",
+        sync_perturbation: bool = False,
+        batch_norm_stats: Literal["first", "both"] = "first",
+        micro_batches: int = 1,
+        **options: Any,
+    ) -> None:
+        for name, value, allowed in (
+            ("second_pass", second_pass, ("replay", "fresh")),
+            ("batch_norm_stats", batch_norm_stats, ("first", "both")),
+        ):
+            if value not in allowed:
+                raise ValueError(f"{name} must be one of {allowed}, got {value!r}.")
+        if isinstance(micro_batches, bool) or not isinstance(micro_batches, int) or micro_batches < 1:
+            raise ValueError(f"micro_batches must be an integer >= 1, got {micro_batches!r}.")
+        self.second_pass = second_pass
+        self.sync_perturbation = sync_perturbation
+        self.batch_norm_stats = batch_norm_stats
+        self.micro_batches = micro_batches
+        self.m_sharpness: int | None = None
+        self._method = _method_of(method)
+        self._options = options if rho is None else {"rho": rho, **options}
+        self._step: SharpStep | None = None
+        self._logs: StepLogs | None = None
+        self._hooks: list[Any] = []
+        self._loss_sum: Tensor | float = 0.0  # of the epoch so far; on its device until the epoch ends
+        self._batches = 0
+
+    # Before the first batch.
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuses what cannot take a sharp step, before the strategy wraps the module."""
+        if stage != "fit":
+            return
+        others = [callback for callback in trainer.callbacks if isinstance(callback, SharpnessAwareTraining)]  # type: ignore[attr-defined]
+        if others[0] is not self or len(others) > 1:
+            raise ValueError("a Trainer takes one SharpnessAwareTraining callback; remove the others.")
+        name = type(pl_module).__name__
+        if not pl_module.automatic_optimization:
+            raise TypeError(
+                f"{name} takes its steps itself (automatic_optimization is False), so that nothing could be put "
+                "between them. In its training_step, run the second backward pass inside `with optimizer.perturbed():` "
+                "of a SAM optimizer that its configure_optimizers makes; remove SharpnessAwareTraining."
+            )
+        refuse_strategy(trainer)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Puts the method around the module's optimizer, and two passes in the place of one."""
+        optimizer = self._made_sharp(trainer, pl_module)
+        self.m_sharpness = None
+        refuse_options(trainer, pl_module, optimizer, self.sync_perturbation, self.micro_batches)
+        self._hooks = [pl_module.register_state_dict_pre_hook(self._refuse_perturbed)]  # type: ignore[no-untyped-call]
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Takes over the step, when every other callback has seen the module as it is."""
+        optimizer = trainer.optimizers[0]
+        replay = Replay(pl_module, lambda: _trained(trainer), self.second_pass == "replay", self.batch_norm_stats == "first")
+        self._logs = StepLogs(trainer, pl_module)
+        self._replay = replay
+        self._step = SharpStep(
+            trainer, pl_module, optimizer, replay, self._logs, self.micro_batches, self.sync_perturbation
+        )
+
+    def _made_sharp(self, trainer: Trainer, module: LightningModule) -> Optimizer:
+        if not trainer.optimizers:
+            raise TypeError(f"{type(module).__name__}.configure_optimizers makes no optimizer to train with.")
+        optimizer = trainer.optimizers[0]
+        if isinstance(optimizer, SharpnessAware):
+            if self._options:
+                raise TypeError(
+                    f"{type(module).__name__}.configure_optimizers makes a {type(optimizer).__name__} already, and "
+                    f"SharpnessAwareTraining was given {', '.join(self._options)}: give options in one place only."
+                )
+            return optimizer
+        if self._method is not None:
+            optimizer = self._method(optimizer, module, self._options)
+            trainer.optimizers = [optimizer]
+        return optimizer
+
+    def _refuse_perturbed(self, *args: Any) -> None:
+        """Whatever would save the weights, checkpoints first of all, asks for the module's `state_dict`."""
+        if self._step is not None and self._step.is_perturbed:
+            raise RuntimeError(
+                "the weights are perturbed in the second pass: save or export them outside of training_step."
+            )
+
+    # While training.
+
+    @property
+    def is_second_pass(self) -> bool:
+        """Whether `training_step` runs at w + e."""
+        return self._step is not None and self._step.is_second_pass
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Notes m, of the first batch: an incomplete last one has fewer samples."""
+        optimizer = trainer.optimizers[0]
+        if not isinstance(optimizer, SharpnessAware):
+            return
+        samples = common_length(batch)
+        if self.m_sharpness is None and samples is not None and optimizer.needs_first_gradient:
+            self.m_sharpness = samples * (data_parallel_size(trainer) if self.sync_perturbation else 1)
+            for logger in trainer.loggers:
+                logger.log_metrics({"m_sharpness": self.m_sharpness}, step=trainer.global_step)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Logs what the passes came to, and warns once of what could not be kept from the second one."""
+        assert self._step is not None and self._logs is not None
+        result = self._step.result
+        loss = result.loss_perturbed if result.loss is None else result.loss
+        if loss is not None:
+            self._loss_sum = self._loss_sum + loss
+            self._batches += 1
+        for finding in self._replay.findings():
+            rank_zero_warn(finding)
+        if not self._step.is_logged:
+            return
+        self._refuse_diverged(trainer)
+        found = {
+            "train/loss": result.loss,
+            "train/loss_perturbed": result.loss_perturbed,
+            "train/grad_norm": result.grad_norm,
+            "lr": float(trainer.optimizers[0].param_groups[0]["lr"]),
+        }
+        with self._logs.unrecorded():
+            for name, value in found.items():
+                if value is not None and name not in self._logs.names:
+                    pl_module.log(name, value, prog_bar=name == "train/loss", batch_size=1)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Logs the epoch's mean loss.
+
+        Raises:
+            DivergedError: If the weights are not finite.
+        """
+        self._refuse_diverged(trainer)
+        assert self._logs is not None
+        if self._batches and not {"train/loss", "train/loss_epoch"} & self._logs.names:
+            with self._logs.unrecorded():
+                mean = float(self._loss_sum) / self._batches
+                pl_module.log("train/loss_epoch", mean, sync_dist=trainer.world_size > 1, batch_size=1)
+        self._loss_sum, self._batches = 0.0, 0
+
+    def _refuse_diverged(self, trainer: Trainer) -> None:
+        refuse_diverged(_trained(trainer), trainer.current_epoch, trainer.global_step)
+
+    # Each process would evaluate with running statistics of its own.
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Has every process validate with the first one's buffers, which are those that are saved."""
+        if shares_buffers(trainer):
+            share_buffers(pl_module)
+
+    # Checkpoints.
+
+    def state_dict(self) -> dict[str, Any]:
+        """The losses of the epoch so far, so that a resumed epoch has the same mean."""
+        return {"loss_sum": float(self._loss_sum), "batches": self._batches}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Goes on with the losses of the epoch so far."""
+        self._loss_sum, self._batches = state_dict["loss_sum"], state_dict["batches"]
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Refuses to save weights that are not finite.
+
+        Raises:
+            DivergedError: If they are not.
+        """
+        if trainer.optimizers:
+            self._refuse_diverged(trainer)
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Has training go on with the next epoch behind one that was finished or cut short."""
+        if trainer.state.fn == "fit" and "loops" in checkpoint:
+            go_on_with_the_next_epoch(checkpoint, trainer.max_epochs, trainer.max_steps)
+
+    # Afterwards all is as before.
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Gives module and trainer their own step and log back."""
+        self._remove()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """As `on_train_end`."""
+        self._remove()
+
+    def _remove(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        for part in (self._step, self._logs):
+            if part is not None:
+                part.remove()
+        self._hooks = []
+
+
+def _trained(trainer: Trainer) -> list[Tensor]:
+    """What the optimizer moves; parameters that do not require gradients may be among its own."""
+    return [p for group in trainer.optimizers[0].param_groups for p in group["params"] if p.requires_grad]
+
+
+def _method_of(method: Method | None) -> Callable[[Optimizer, LightningModule, dict[str, Any]], SharpnessAware] | None:
+    """What puts the method around an optimizer."""
+    if method is None:
+        return None
+    keywords: dict[str, Any] = {}
+    named = method
+    if isinstance(method, str):
+        name = method.rpartition(".")[2]
+        named = getattr(optim, name, None)  # type: ignore[assignment]
+    if isinstance(named, partial):
+        named, keywords = named.func, dict(named.keywords)
+    if not (isinstance(named, type) and issubclass(named, SharpnessAware)):
+        names = sorted(n for n, v in vars(optim).items() if isinstance(v, type) and issubclass(v, SharpnessAware))
+        known = ", ".join(name for name in names if name != "SharpnessAware")
+        raise ValueError(f"method must be a sharpness-aware optimizer's class, or one of {known}; got {method!r}.")
+    made = named
+    return lambda optimizer, module, options: made.around(optimizer, names=module, **{**keywords, **options})

@@ -1,0 +1,259 @@
+"""The training step with two passes, in the place of Lightning's own with one."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
+from torch.optim import Optimizer
+
+from sam_lightning.optim import SharpnessAware, global_norm
+from sam_lightning.optim.batch_norm import RunningStats
+from sam_lightning.optim.replay import Replay
+from sam_lightning.training.logs import StepLogs
+from sam_lightning.training.micro_batches import split_batch
+from sam_lightning.training.sharding import reshard, share_buffers
+from sam_lightning.training.strategies import is_sharded, synchronised, unsynchronised
+
+
+@dataclass
+class StepResult:
+    """What the passes of one batch came to; tensors stay on their device."""
+
+    loss: Tensor | None = None  # at w
+    loss_perturbed: Tensor | None = None  # at w + e
+    grad_norm: Tensor | None = None  # ||g|| at w, before clipping; in steps that are logged
+
+
+class SharpStep:
+    """Takes the place of what Lightning's automatic optimization does with one batch.
+
+    There a closure runs `training_step`, `optimizer_zero_grad` and `backward`, once for every batch that is accumulated;
+    around it Lightning calls hooks, clips, steps, schedules and counts. Only that closure is replaced: by two passes with
+    an ascent in between, whose outcome is the gradient that descends. All else is Lightning's own.
+
+    Args:
+        trainer: The trainer, whose optimizer has been made.
+        module: What it trains.
+        optimizer: The optimizer; a plain one takes plain steps, in micro-batches if asked for.
+        replay: Makes the second pass the same function as the first.
+        logs: The module's `log`.
+        micro_batches: Number of parts that each batch is cut into.
+        sync_perturbation: Whether all processes climb along their mean gradient.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        module: LightningModule,
+        optimizer: Optimizer,
+        replay: Replay,
+        logs: StepLogs,
+        micro_batches: int,
+        sync_perturbation: bool,
+    ) -> None:
+        self.result = StepResult()
+        self.is_logged = False
+        self.is_perturbed = False
+        self.is_second_pass = False
+        self._trainer = trainer
+        self._module = module
+        self._optimizer = optimizer
+        self._replay = replay
+        self._logs = logs
+        self._micro_batches = micro_batches
+        self._sync_perturbation = sync_perturbation
+        self._loop = trainer.fit_loop.epoch_loop.automatic_optimization
+        self._make_plain_closure = self._loop._make_closure
+        self._loop._make_closure = self._make_closure  # type: ignore[method-assign]
+
+    def remove(self) -> None:
+        """Gives the trainer its own step back."""
+        vars(self._loop).pop("_make_closure", None)
+
+    def _make_closure(self, kwargs: dict[str, Any], optimizer: Optimizer, batch_idx: int) -> Any:
+        closure = self._make_plain_closure(kwargs, optimizer, batch_idx)  # type: ignore[arg-type]
+        if closure._backward_fn is not None:  # without it Lightning only wants the forward pass, as for averaged weights
+            closure.closure = partial(self._run, kwargs, closure)  # type: ignore[method-assign]
+        return closure
+
+    @torch.enable_grad()
+    def _run(self, kwargs: dict[str, Any], closure: Any) -> Any:
+        """Both passes of one batch; the first one's output, as Lightning's closures give it."""
+        backward, zero_grad = closure._backward_fn, closure._zero_grad_fn
+        # Gradients of earlier batches, with whose mean this one's will descend. They are kept aside: the ascent follows
+        # this batch's own gradient.
+        accumulated = self._set_gradients_aside() if zero_grad is None else None
+        self.result, self.is_logged = StepResult(), self._is_to_be_logged()
+        stats = None if self._scaler is None else RunningStats(self._module)
+        if isinstance(self._optimizer, SharpnessAware):
+            output = self._sharp(self._optimizer, kwargs, backward, zero_grad)
+        else:
+            output = self._pass(kwargs, backward, sync=True, before_backward=zero_grad)
+            self.result.loss = self._loss_of(output)
+            self.result.grad_norm = self._grad_norm()
+        if output.closure_loss is None:
+            closure.warning_cache.warn("`training_step` returned `None`. If this was on purpose, ignore this warning...")
+        if stats is not None:  # a forward pass that overflowed leaves no trace, as the step is skipped
+            stats.restore(unless=global_norm(self._gradients()).isfinite())
+        if accumulated is not None:
+            self._add(accumulated)
+        if is_sharded(self._trainer):  # a checkpoint made of shards takes buffers from any process
+            share_buffers(self._module)
+        return output
+
+    def _sharp(
+        self,
+        optimizer: SharpnessAware,
+        kwargs: dict[str, Any],
+        backward: Callable[[Tensor], None],
+        zero_grad: Callable[[], None] | None,
+    ) -> Any:
+        if not optimizer.needs_first_gradient:
+            with optimizer.perturbed(loss_scale=self._loss_scale()), self._at_perturbed_weights():
+                output = self._pass(kwargs, backward, sync=True, before_backward=zero_grad)
+            self.result.loss_perturbed = self._loss_of(output)
+            return output
+        perturbs = optimizer.will_perturb()
+        if perturbs:
+            self._replay.begin(kwargs["batch"])
+        local = perturbs and not self._sync_perturbation
+        output = self._pass(kwargs, backward, sync=not local, before_backward=zero_grad)
+        self.result.loss = self._loss_of(output)
+        if self.result.loss is None:  # training_step skips this batch
+            return output
+        self.result.grad_norm = norm = self._grad_norm()
+        with optimizer.perturbed(loss_scale=self._loss_scale()) as computes, self._at_perturbed_weights():
+            if computes:
+                optimizer.zero_grad(set_to_none=self._sync_perturbation or not self._finds_unused)
+                with self._replay.again() as batch, self._second_pass():
+                    again = {**kwargs, "batch": batch}
+                    second = self._pass(again, backward, sync=True, factor=self._nan_unless_finite(norm))
+                self.result.loss_perturbed = self._loss_of(second)
+        return output
+
+    def _pass(
+        self,
+        kwargs: dict[str, Any],
+        backward: Callable[[Tensor], None],
+        sync: bool,
+        before_backward: Callable[[], None] | None = None,
+        factor: Tensor | None = None,
+    ) -> Any:
+        """`training_step` and backward for every micro-batch; averaged over processes in the last one only."""
+        parts = split_batch(kwargs["batch"], self._micro_batches, self._module)
+        total: list[Tensor] = []
+        with self._logs.averaged() if len(parts) > 1 else nullcontext():
+            for i, (batch, share) in enumerate(parts):
+                self._logs.share(share)
+                averages = sync and i == len(parts) - 1
+                with synchronised(self._trainer) if averages else unsynchronised(self._trainer):
+                    output = self._loop._make_step_fn({**kwargs, "batch": batch})()  # type: ignore[arg-type]
+                    if before_backward is not None and i == 0:
+                        before_backward()
+                    loss = output.closure_loss
+                    if loss is None:
+                        continue
+                    total.append(loss.detach() * share)
+                    loss = loss if share == 1 else loss * share
+                    backward(loss if factor is None else loss * factor)
+        if len(parts) > 1 and total:
+            output.loss = torch.stack(total).sum()
+        return output
+
+    def _loss_of(self, output: Any) -> Tensor | None:
+        """The batch's loss; Lightning has divided it by the number of accumulated batches."""
+        return None if output.loss is None else output.loss * self._trainer.accumulate_grad_batches
+
+    @contextmanager
+    def _second_pass(self) -> Iterator[None]:
+        self.is_second_pass = True
+        vars(self._module)["is_second_pass"] = True
+        try:
+            with self._logs.silent():
+                yield
+        finally:
+            self.is_second_pass = False
+            vars(self._module)["is_second_pass"] = False
+
+    @contextmanager
+    def _at_perturbed_weights(self) -> Iterator[None]:
+        """Weights that FSDP2 has gathered do not follow when the sharded ones move."""
+        self.is_perturbed = True
+        if is_sharded(self._trainer):
+            reshard(self._module)
+        try:
+            yield
+        finally:
+            self.is_perturbed = False
+            if is_sharded(self._trainer):
+                reshard(self._module)  # a pass that failed leaves weights gathered at w + e
+
+    # Loss scaling.
+
+    @property
+    def _scaler(self) -> torch.amp.GradScaler | None:
+        return getattr(self._trainer.precision_plugin, "scaler", None)
+
+    def _loss_scale(self) -> Tensor | float:
+        """What the gradient is a multiple of, compared with the loss's own; without a wait for an accelerator."""
+        batches = self._trainer.accumulate_grad_batches
+        if self._scaler is None:
+            return 1 / batches
+        return self._scaler.scale(torch.ones((), device=self._module.device)) / batches
+
+    def _nan_unless_finite(self, norm: Tensor | None) -> Tensor | None:
+        """A factor for the second loss: 1, or NaN if the first gradient is not finite.
+
+        Under loss scaling an overflow in either pass must skip the step, on every process: as a factor it goes through
+        the second pass's gradients, their average and the scaler's own check.
+        """
+        return None if self._scaler is None or norm is None else 1 + 0 * norm
+
+    # Gradients.
+
+    @property
+    def _weights(self) -> list[Tensor]:
+        return [weight for group in self._optimizer.param_groups for weight in group["params"]]
+
+    def _gradients(self) -> list[Tensor]:
+        return [weight.grad for weight in self._weights if weight.grad is not None]
+
+    @property
+    def _finds_unused(self) -> bool:
+        """Whether a first pass that is not synchronised must leave gradients behind, though zero.
+
+        DistributedDataParallel with find_unused_parameters=True still takes a parameter for used in the second pass if
+        the first one used it, and fails where it then has no gradient.
+        """
+        return getattr(self._trainer.strategy.model, "find_unused_parameters", False)
+
+    def _grad_norm(self) -> Tensor | None:
+        """||g|| with loss scaling and accumulation undone, in the steps that need it: for the log, or to check it."""
+        if not self.is_logged and self._scaler is None:
+            return None
+        return global_norm(self._gradients()) / self._loss_scale()
+
+    def _is_to_be_logged(self) -> bool:
+        """Whether this batch completes one of every `log_every_n_steps` steps."""
+        every: int = self._trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by a part of the trainer
+        is_due = every > 0 and (self._trainer.global_step + 1) % every == 0
+        return is_due and not self._trainer.fit_loop._should_accumulate()
+
+    def _set_gradients_aside(self) -> list[tuple[Tensor, Tensor]]:
+        aside = [(weight, weight.grad.clone()) for weight in self._weights if weight.grad is not None]
+        for weight, _ in aside:
+            weight.grad = None
+        return aside
+
+    @torch.no_grad()
+    def _add(self, gradients: list[tuple[Tensor, Tensor]]) -> None:
+        for weight, gradient in gradients:
+            if weight.grad is None:
+                weight.grad = gradient
+            else:
+                weight.grad += gradient

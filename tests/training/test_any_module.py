@@ -1,0 +1,482 @@
+"""Modules as people write them take sharp steps unedited: the same function twice, and no trace of the second pass."""
+
+import copy
+import random
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.loggers import CSVLogger
+from torch import nn
+from torch.nn.functional import mse_loss
+from torchmetrics import MeanMetric
+from torchmetrics.classification import BinaryAccuracy
+
+from plain_modules import RHO, Plain, batches, distance, rows, sharp_loop
+from sam_lightning import ASAM, SAM
+from sam_lightning.training import SharpnessAwareModule, SharpnessAwareTraining
+
+
+def sharp(trainer, module, data=None, epochs=1, method=SAM, val=None, callbacks=(), **options):
+    """Trains `module` by the callback; what begins with a capital goes to it, the rest to the Trainer."""
+    own = {key: options.pop(key) for key in ("second_pass", "micro_batches", "batch_norm_stats") if key in options}
+    made = trainer(max_epochs=epochs, callbacks=[SharpnessAwareTraining(method, rho=RHO, **own), *callbacks], **options)
+    torch.manual_seed(5)
+    made.fit(module, data or batches(), val)
+    return made
+
+
+class SharpByBase(SharpnessAwareModule, Plain):
+    rho = RHO
+
+
+class SharpByMixin(Plain, SharpnessAwareModule):
+    rho = RHO
+
+
+@pytest.mark.parametrize("clip", [None, 0.05])
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_an_unedited_module_equals_the_written_out_loop(trainer, clip, accumulate):
+    module, expected = Plain(norm=True, dropout=0.3), Plain(norm=True, dropout=0.3)
+    made = sharp(trainer, module, epochs=2, gradient_clip_val=clip, accumulate_grad_batches=accumulate)
+    torch.manual_seed(5)
+    sharp_loop(expected, batches(), epochs=2, clip=clip, accumulate=accumulate)
+    assert distance(module, expected) < 1e-14
+    assert made.global_step == 2 * -(-4 // accumulate)
+    assert module.state_dict().keys() == Plain(norm=True).state_dict().keys()
+
+
+@pytest.mark.parametrize("base", [SharpByBase, SharpByMixin])
+def test_both_doors_lead_to_the_same_weights(trainer, base):
+    module, other = base(norm=True), Plain(norm=True)
+    torch.manual_seed(5)
+    trainer().fit(module, batches())
+    sharp(trainer, other)
+    assert distance(module, other) == 0
+
+
+def test_a_librarys_module_with_arguments_may_be_mixed_in_any_order(trainer):
+    class Task(LightningModule):
+        def __init__(self, width, optimizer="sgd"):
+            super().__init__()
+            self.save_hyperparameters()
+            self.net = nn.Linear(4, width).double()
+
+        def training_step(self, batch, batch_idx):
+            return mse_loss(self.net(batch[0]), batch[1])
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    class First(SharpnessAwareModule, Task):
+        pass
+
+    class Last(Task, SharpnessAwareModule):
+        pass
+
+    for kind in (First, Last):
+        module = kind(width=1, optimizer="adam")
+        assert module.hparams.optimizer == "adam"
+        made = trainer()
+        made.fit(module, batches())
+        assert type(made.optimizers[0]) is SAM
+
+
+def test_a_step_from_a_mixin_in_front_is_taken_sharply(trainer):
+    class Step:
+        def training_step(self, batch, batch_idx):
+            return mse_loss(self.net(batch[0]), batch[1])
+
+    class Mine(Step, SharpByBase):
+        pass
+
+    module, expected = Mine(), Plain()
+    trainer().fit(module, batches())
+    sharp_loop(expected, batches())
+    assert distance(module, expected) < 1e-14
+
+
+@pytest.mark.parametrize("method", [SAM, "SAM", "sam_lightning.SAM", partial(SAM, rho=RHO)])
+def test_a_method_is_a_class_a_name_or_a_partial(trainer, method):
+    module, expected = Plain(), Plain()
+    trainer(callbacks=[SharpnessAwareTraining(method, **({} if isinstance(method, partial) else {"rho": RHO}))]).fit(
+        module, batches()
+    )
+    sharp_loop(expected, batches())
+    assert distance(module, expected) < 1e-14
+
+
+def test_options_of_the_method_reach_it(trainer):
+    made = sharp(trainer, Plain(), method=partial(ASAM, eta=0.5))
+    assert made.optimizers[0].eta == 0.5
+    with pytest.raises(ValueError, match="method must be a sharpness-aware optimizer's class, or one of .*ASAM.*'SAMM'"):
+        SharpnessAwareTraining("SAMM")
+
+
+# The second pass is the same function.
+
+
+def test_noise_is_the_same_in_both_passes(trainer):
+    """With other noise in the second pass, L(w + e) - L(w) is negative in a third of the steps."""
+    rises = []
+
+    class Noisy(Plain):
+        def training_step(self, batch, batch_idx):
+            noise = torch.randn(()) + np.random.randn() + random.gauss(0, 1)
+            loss = super().training_step((batch[0] + noise, batch[1]), batch_idx)
+            seen.append((loss.item(), noise.item()))
+            return loss
+
+        def on_train_batch_end(self, outputs, batch, batch_idx):
+            rises.append(seen[-1][0] - seen[-2][0])
+            draws.append([noise for _, noise in seen[-2:]])
+
+    seen, draws = [], []
+    sharp(trainer, Noisy(dropout=0.5), epochs=5)
+    assert min(rises) > 0
+    assert all(first == second for first, second in draws)
+    assert len({first for first, _ in draws}) == 20  # and moves on
+    rises.clear()
+    sharp(trainer, Noisy(dropout=0.5), epochs=5, second_pass="fresh")
+    assert min(rises) < 0
+
+
+def test_random_numbers_go_on_as_in_plain_training(trainer):
+    ends = []
+    for callbacks in ([], [SharpnessAwareTraining(SAM)]):
+        torch.manual_seed(5)
+        trainer(callbacks=callbacks).fit(Plain(dropout=0.5), batches())
+        ends.append(torch.get_rng_state())
+    assert torch.equal(*ends)
+
+
+def test_a_generator_of_the_modules_own_is_put_back(trainer):
+    class Own(Plain):
+        def __init__(self):
+            super().__init__()
+            self.noise = torch.Generator().manual_seed(3)
+            self.seen = []
+
+        def training_step(self, batch, batch_idx):
+            seen.append(torch.rand((), generator=self.noise).item())
+            return super().training_step(batch, batch_idx)
+
+    seen = []
+    sharp(trainer, Own())
+    assert seen[::2] == seen[1::2]
+    assert len(set(seen)) == 4
+
+
+class Pop(Plain):
+    def training_step(self, batch, batch_idx):
+        return mse_loss(self.net(batch["x"]), batch.pop("y"))
+
+
+class Replace(Plain):
+    def training_step(self, batch, batch_idx):
+        batch["x"] = batch["x"] + 1
+        return mse_loss(self.net(batch["x"]), batch["y"])
+
+
+class Overwrite(Plain):
+    """Predictions under the targets' name."""
+
+    def training_step(self, batch, batch_idx):
+        y = batch["y"]
+        batch["y"] = self.net(batch["x"])
+        return mse_loss(batch["y"], y)
+
+
+class InPlace(Plain):
+    def training_step(self, batch, batch_idx):
+        batch["x"].add_(1)
+        return mse_loss(self.net(batch["x"]), batch["y"])
+
+
+class InPlaceUnseen(Plain):
+    """What version counters do not show."""
+
+    def training_step(self, batch, batch_idx):
+        batch["x"].data.add_(1)
+        return mse_loss(self.net(batch["x"]), batch["y"])
+
+
+@pytest.mark.parametrize(
+    ("kind", "shift"), [(Pop, 0), (Replace, 1), (Overwrite, 0), (InPlace, 1), (InPlaceUnseen, 1)]
+)
+def test_the_second_pass_gets_the_batch_as_it_came(trainer, kind, shift):
+    module, expected = kind(), Plain()
+    sharp(trainer, module, rows())
+    sharp_loop(expected, rows(), loss=lambda net, batch: mse_loss(net(batch["x"] + shift), batch["y"]))
+    assert distance(module, expected) < 1e-14
+
+
+def test_hooks_see_the_batch_that_the_first_pass_left(trainer):
+    class Seeing(Pop):
+        def on_train_batch_end(self, outputs, batch, batch_idx):
+            assert "y" not in batch
+
+    sharp(trainer, Seeing(), rows())
+
+
+# And it leaves no trace.
+
+
+class Collecting(Plain):
+    """Whatever a step may collect and count: buffers, a queue, metrics, lists, numbers, an object of one's own."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("queue", torch.zeros(100))
+        self.register_buffer("count", torch.tensor(0))
+        self.register_buffer("center", torch.zeros(1))
+        self.register_buffer("large", torch.zeros(2**18 + 5))
+        self.accuracy, self.mean = BinaryAccuracy(), MeanMetric()
+        self.outputs, self.seen, self.by_name = [], 0, {"a": []}
+        self.history = History()
+        self.plain = torch.zeros(1)
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        with torch.no_grad():
+            self.queue[self.count] = loss
+            self.count += 1
+            self.center.data += 1
+            self.large.data[0] += 1
+            self.plain = self.plain + 1
+        self.accuracy(self.net(batch[0])[:, 0].sigmoid(), (batch[1][:, 0] > 0).long())
+        self.mean.update(loss.detach())
+        self.outputs.append(loss.item())
+        self.by_name["a"].append(1)
+        self.history.add(loss.item())
+        self.seen += 1
+        return {"loss": loss, "batch_idx": batch_idx}
+
+
+class History:
+    def __init__(self):
+        self.values = []
+
+    def add(self, value):
+        self.values = [*self.values, value]
+
+
+@pytest.mark.parametrize("second_pass", ["replay", "fresh"])
+def test_a_step_collects_once_per_batch(trainer, second_pass):
+    module = Collecting()
+    outputs = []
+
+    class Outputs(SharpnessAwareTraining):
+        def on_train_batch_end(self, trainer, pl_module, output, batch, batch_idx):
+            super().on_train_batch_end(trainer, pl_module, output, batch, batch_idx)
+            outputs.append(output)
+
+    trainer(callbacks=[Outputs(SAM, second_pass=second_pass)]).fit(module, batches())
+    assert module.count == module.seen == len(module.outputs) == len(module.history.values) == 4
+    assert module.queue[:4].tolist() == pytest.approx(module.outputs, abs=1e-6)
+    assert module.queue[4] == 0
+    assert module.center == module.large[0] == module.plain == 4
+    assert module.by_name == {"a": [1] * 4}
+    assert module.mean.compute().item() == pytest.approx(sum(module.outputs) / 4, abs=1e-6)
+    assert module.accuracy.confmat.sum() if hasattr(module.accuracy, "confmat") else True
+    assert module.accuracy._update_count == 4
+    assert [output["batch_idx"] for output in outputs] == [0, 1, 2, 3]
+    assert [output["loss"].item() for output in outputs] == module.outputs
+
+
+class Teacher(Plain):
+    """A teacher that follows the student within the step, as in BYOL, and takes part in the loss."""
+
+    def __init__(self, hides_it=False):
+        super().__init__()
+        self.teacher = nn.Linear(4, 1).double().requires_grad_(False)
+        self.hides_it = hides_it
+
+    def training_step(self, batch, batch_idx):
+        follow(self.teacher, self.net, self.hides_it)
+        return mse_loss(self.net(batch[0]), batch[1] + self.teacher(batch[0]))
+
+
+@torch.no_grad()
+def follow(teacher, student, hides_it):
+    for parameter in teacher.parameters():
+        target = parameter.data if hides_it else parameter
+        target.mul_(0.9).add_(0.1 * student[0].weight.mean())
+
+
+@pytest.mark.parametrize("hides_it", [False, True], ids=["counted", "by .data"])
+def test_a_teacher_follows_once_and_is_named(trainer, hides_it):
+    module, expected = Teacher(hides_it), Teacher(hides_it)
+    with pytest.warns(UserWarning, match=r"teacher.weight, teacher.bias: not trained, .* Move the change to on_train_batch_end"):
+        sharp(trainer, module)
+    weights = list(expected.net.parameters())
+    optimizer = torch.optim.SGD(weights, lr=0.1, momentum=0.9)
+    for x, y in batches():
+        start = copy.deepcopy(expected.teacher.state_dict())
+        follow(expected.teacher, expected.net, hides_it)
+
+        def loss(x=x, y=y):
+            return mse_loss(expected.net(x), y + expected.teacher(x))
+
+        first = torch.autograd.grad(loss(), weights)
+        norm = torch.sqrt(sum(g.square().sum() for g in first))
+        before, end = [w.detach().clone() for w in weights], copy.deepcopy(expected.teacher.state_dict())
+        expected.teacher.load_state_dict(start)
+        with torch.no_grad():
+            for w, g in zip(weights, first, strict=True):
+                w += RHO * g / norm
+        follow(expected.teacher, expected.net, hides_it)
+        second = torch.autograd.grad(loss(), weights)
+        for w, b, g in zip(weights, before, second, strict=True):
+            w.data.copy_(b)
+            w.grad = g
+        expected.teacher.load_state_dict(end)
+        optimizer.step()
+    assert distance(module, expected) < 1e-14
+
+
+def test_what_changes_late_and_unexpectedly_is_named_once(trainer):
+    class Late(Plain):
+        def __init__(self):
+            super().__init__()
+            self.teacher = nn.Parameter(torch.zeros(2**17 + 1, dtype=torch.float64), requires_grad=False)
+
+        def training_step(self, batch, batch_idx):
+            if self.global_step >= 2:
+                with torch.no_grad():
+                    self.teacher += 1
+            return super().training_step(batch, batch_idx)
+
+    module = Late()
+    with pytest.warns(UserWarning, match="teacher: changed in training_step for the first time"):
+        sharp(trainer, module, epochs=2)
+    assert module.teacher[0] == 6
+
+
+def test_logs_are_those_of_the_first_pass(trainer, tmp_path):
+    class Logging(Plain):
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            self.log("train/loss", loss, on_step=True, on_epoch=True)
+            self.log("mine", loss)
+            if self.logger:
+                self.logger.log_metrics({"direct": loss.item()}, step=self.global_step)
+            return loss
+
+    rows = []
+    for callbacks in ([], [SharpnessAwareTraining(SAM, rho=RHO)]):
+        logger = CSVLogger(tmp_path, version=len(rows))
+        made = trainer(logger=logger, callbacks=callbacks, log_every_n_steps=1, max_epochs=60)
+        made.fit(Logging(), batches())
+        rows.append((set(made.callback_metrics), len(logger.experiment.metrics_keys), made.logged_metrics))
+    added = rows[1][0] - rows[0][0]
+    assert added == {"train/loss_perturbed", "train/grad_norm", "lr"}
+    assert {"train/loss_step", "train/loss_epoch", "mine"} <= rows[0][0] & rows[1][0]
+
+
+def test_no_name_of_the_module_is_taken(trainer):
+    class Names(SharpByMixin):
+        def __init__(self):
+            super().__init__()
+            self.loss = nn.MSELoss()
+            self._scaler = self._clip = self._backward = self._logs = self._step = "mine"
+            self.accumulate = self.optimizer = self.result = 3
+
+        def _log_step(self, name, value):
+            self.log(name, value)
+
+        def training_step(self, batch, batch_idx):
+            return self.loss(self.net(batch[0]), batch[1])
+
+    module, expected = Names(), Plain()
+    trainer().fit(module, batches())
+    sharp_loop(expected, batches())
+    assert distance(module, expected) < 1e-14
+
+
+@pytest.mark.filterwarnings("ignore:`training_step` returned `None`")  # Lightning's own, once a process
+def test_a_step_may_return_nothing(trainer):
+    class Skipping(Plain):
+        def training_step(self, batch, batch_idx):
+            return None if batch_idx % 2 else super().training_step(batch, batch_idx)
+
+    module, expected = Skipping(), Plain()
+    made = sharp(trainer, module)
+    plain = trainer()
+    plain.fit(Skipping(), batches())
+    assert made.global_step == plain.global_step
+    sharp_loop(expected, [batch for i, batch in enumerate(batches()) if i % 2 == 0])
+    assert distance(module, expected) < 1e-14
+
+
+def test_a_step_without_an_index(trainer):
+    class Short(Plain):
+        def training_step(self, batch):
+            return mse_loss(self.net(batch[0]), batch[1])
+
+    module, expected = Short(), Plain()
+    sharp(trainer, module)
+    sharp_loop(expected, batches())
+    assert distance(module, expected) < 1e-14
+
+
+def test_a_number_logged_in_micro_batches_is_the_batchs_mean(trainer):
+    class Logging(Plain):
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            self.log("mine", loss)
+            return loss
+
+    made = sharp(trainer, Logging(), micro_batches=2, limit_train_batches=1, log_every_n_steps=1)
+    expected = Plain().training_step(next(iter(batches())), 0).item()
+    assert made.callback_metrics["mine"].item() == pytest.approx(expected, rel=1e-6)
+    assert made.callback_metrics["train/loss"].item() == pytest.approx(expected, rel=1e-6)
+
+
+# What cannot be made sharp.
+
+
+def test_a_module_that_steps_by_itself_is_refused_with_the_recipe(trainer):
+    class Manual(Plain):
+        def __init__(self):
+            super().__init__()
+            self.automatic_optimization = False
+
+    with pytest.raises(TypeError, match=r"Manual takes its steps itself .* `with optimizer.perturbed\(\):`"):
+        sharp(trainer, Manual())
+
+
+def test_options_in_two_places_are_refused(trainer):
+    class Made(Plain):
+        def configure_optimizers(self):
+            return SAM(self.parameters(), torch.optim.SGD, lr=0.1, rho=0.3)
+
+    with pytest.raises(TypeError, match="makes a SAM already, and SharpnessAwareTraining was given rho"):
+        sharp(trainer, Made())
+    made = trainer(callbacks=[SharpnessAwareTraining()])
+    made.fit(Made(), batches())
+    assert made.optimizers[0].param_groups[0]["rho"] == 0.3
+    with pytest.raises(ValueError, match="a Trainer takes one SharpnessAwareTraining"):
+        trainer(callbacks=[SharpnessAwareTraining(), type("Other", (SharpnessAwareTraining,), {})()]).fit(
+            Plain(), batches()
+        )
+
+
+def test_frozen_parameters_may_hold_what_they_like(trainer):
+    class Masked(Plain):
+        def __init__(self, value):
+            super().__init__()
+            self.mask = nn.Parameter(torch.full((4, 4), value).triu(1), requires_grad=False)
+
+    for value in (float("-inf"), -1e30):
+        assert sharp(trainer, Masked(value)).global_step == 4
+
+
+def test_afterwards_module_and_trainer_are_as_before(trainer):
+    module = Plain()
+    made = sharp(trainer, module)
+    assert "log" not in vars(module)
+    assert "_make_closure" not in vars(made.fit_loop.epoch_loop.automatic_optimization)
+    assert not module._state_dict_pre_hooks
