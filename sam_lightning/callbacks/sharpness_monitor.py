@@ -2,9 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -12,19 +10,12 @@ from torch import Tensor
 
 from sam_lightning.optim import SharpnessAware, global_norm
 from sam_lightning.sharpness import Settings, Sharpness, measure
-from sam_lightning.sharpness.batches import samples_in, shard
-from sam_lightning.training.module import SharpnessAwareModule
+from sam_lightning.training import SharpnessAwareTraining
+from sam_lightning.training.measured_loss import measured_loss
+from sam_lightning.training.sharp_step import StepResult
+from sam_lightning.training.training_sample import training_sample
 
 _ALARMS = 3  # logged steps in a row
-
-
-@runtime_checkable
-class HasTrainingSample(Protocol):
-    """A data module that gives fixed training samples, as `sam_lightning.data.ImageData` does."""
-
-    def training_sample(self, samples: int, seed: int) -> list[Any]:
-        """Batches of so many training samples, chosen by `seed` alone, without augmentation."""
-        ...
 
 
 class SharpnessMonitor(Callback):
@@ -36,10 +27,12 @@ class SharpnessMonitor(Callback):
     - `train/perturbation_norm`, ||e||;
     - `train/grad_cosine`, the cosine between the gradients at w and at w + e. Near 1 SAM does what its base
       optimizer would do;
-    - ||g|| is logged by the module, as `train/grad_norm`.
+    - ||g|| is logged by the training itself, as `train/grad_norm`.
 
     They are the first process's. After every `every_n_epochs`-th epoch, `sharpness/...` are the measures of
-    `sam_lightning.sharpness.measure` for `module.loss`, on the same training samples each time, without augmentation.
+    `sam_lightning.sharpness.measure` for the loss that the module's `training_step` returns, on the same training
+    samples each time: those of the data module's `training_sample(samples, seed)`, without augmentation, or else the
+    first batches of the training loader.
 
     It warns, with these numbers, when rho is too large: when in later epochs the loss at w + e is above the loss
     that training began with, in three logged steps in a row. There the second gradient is one of a network that
@@ -79,30 +72,17 @@ class SharpnessMonitor(Callback):
         self.history = list(state_dict["history"])
         self._first_loss = state_dict["first_loss"]
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuses what it cannot watch before anything trains."""
-        if not isinstance(pl_module, SharpnessAwareModule):
-            raise TypeError(
-                f"SharpnessMonitor needs the loss(batch) of a SharpnessAwareModule, got {type(pl_module).__name__}."
-            )
-        if self.every_n_epochs and not isinstance(_data(trainer), HasTrainingSample):
-            raise TypeError(
-                "SharpnessMonitor needs a data module with training_sample(samples, seed) -> list of batches, got "
-                f"{type(_data(trainer)).__name__}. Add that method, or set every_n_epochs=0."
-            )
-
     # What the two passes show.
 
     @torch.no_grad()
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keeps w and its gradient; at w + e, compares. Each backward of a micro-batch adds to the gradients."""
-        assert isinstance(pl_module, SharpnessAwareModule)
-        optimizer = trainer.optimizers[0]
-        if not isinstance(optimizer, SharpnessAware) or not _logs(trainer, trainer.global_step + 1):
+        optimizer, training = trainer.optimizers[0], _training(trainer)
+        if training is None or not isinstance(optimizer, SharpnessAware) or not training.is_logged_step:
             return
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         gradient = [p.grad for p in parameters if p.grad is not None]
-        if not pl_module.is_second_pass:
+        if not training.is_second_pass:
             self._weights = [p.clone() for p in parameters]
             self._gradient = [g.clone() for g in gradient]  # copies: gradients may be views of shared memory
         elif self._weights is not None and len(self._weights) == len(parameters):
@@ -118,10 +98,14 @@ class SharpnessMonitor(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Logs what was seen in this step."""
-        if self._first_loss is None and "loss_perturbed" in outputs:
-            self._first_loss = float(outputs["loss"])
+        training = _training(trainer)
+        result = StepResult() if training is None else training.last_step
+        before, perturbed = result.loss, result.loss_perturbed
+        if before is None or perturbed is None:
+            return
+        if self._first_loss is None:
+            self._first_loss = float(before)
         if self._signals:
-            before, perturbed = outputs["loss"], outputs["loss_perturbed"]
             pl_module.log_dict({"train/sharpness": perturbed - before, **self._signals})
             self._warn_if_too_far(trainer, float(before), float(perturbed))
         self._weights, self._gradient, self._signals = None, [], {}
@@ -150,36 +134,19 @@ class SharpnessMonitor(Callback):
         epoch = trainer.current_epoch + 1
         if not self.every_n_epochs or epoch % self.every_n_epochs:
             return
-        assert isinstance(pl_module, SharpnessAwareModule)
-        sample = _data(trainer).training_sample(self.samples, self.settings.seed)
-        shards = [shard(batch, trainer.global_rank, trainer.world_size) for batch in sample]
-        batches = [trainer.precision_plugin.convert_input(part) for part in shards if samples_in(part)]
+        batches = training_sample(trainer, self.samples, self.settings.seed)
         found = measure_module(pl_module, batches, self.settings)
         values = {name: value for name, (value, _) in found.rows().items()}
         self.history.append({"epoch": epoch, **values})
         pl_module.log_dict({f"sharpness/{name}": value for name, value in values.items()})
 
 
-@contextmanager
-def measuring(module: SharpnessAwareModule) -> Iterator[None]:
-    """`module.loss` logs nothing inside, as in the second pass of a training step."""
-    is_second_pass, module.is_second_pass = module.is_second_pass, True
-    try:
-        yield
-    finally:
-        module.is_second_pass = is_second_pass
+def measure_module(module: LightningModule, batches: list[Any], settings: Settings) -> Sharpness:
+    """Measures the loss that `training_step` returns."""
+    with measured_loss(module) as loss:
+        return measure(module, loss, batches, settings)
 
 
-def measure_module(module: SharpnessAwareModule, batches: list[Any], settings: Settings) -> Sharpness:
-    """Measures `module.loss`."""
-    with measuring(module):
-        return measure(module, module.loss, batches, settings)
-
-
-def _data(trainer: Trainer) -> Any:
-    return getattr(trainer, "datamodule", None)
-
-
-def _logs(trainer: Trainer, step: int) -> bool:
-    every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by a part of the trainer
-    return every > 0 and step % every == 0
+def _training(trainer: Trainer) -> SharpnessAwareTraining | None:
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # of a part of the trainer
+    return next((callback for callback in callbacks if isinstance(callback, SharpnessAwareTraining)), None)

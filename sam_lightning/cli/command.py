@@ -91,7 +91,6 @@ class CLI(LightningCLI):
         """Builds model, data and trainer, and the optimizer once: its errors come before the data's load."""
         try:
             super().instantiate_classes()
-            self._refuse_options_of_automatic_optimization()
             # A module that makes its own may need the trainer, which it has only later.
             own = type(self.model).configure_optimizers is not SharpnessAwareModule.configure_optimizers
             if self.subcommand == "fit" and not own and list(self.model.parameters()):
@@ -108,17 +107,6 @@ class CLI(LightningCLI):
                 hparams = {**hparams_of(self.config_dump[key]), **instantiator}
                 # Lightning's logger refuses two modules with an argument of one name; the model's suffice there.
                 module.save_hyperparameters(hparams, logger=key == "model")
-
-    def _refuse_options_of_automatic_optimization(self) -> None:
-        """Lightning would advise to switch to automatic optimization, which cannot run SAM."""
-        if isinstance(self.model, SharpnessAwareModule):
-            for option, usual, instead in (
-                ("gradient_clip_val", None, "--model.gradient_clip_norm"),
-                ("accumulate_grad_batches", 1, "--model.accumulate, which cuts each batch into micro-batches"),
-            ):
-                value = self._get(self.config_init, f"trainer.{option}")
-                if value != usual:
-                    raise ValueError(f"--trainer.{option} {value} does not apply here: use {instead}.")
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Builds the trainer; logs and checkpoints go into the run directory unless another place is configured."""

@@ -9,15 +9,15 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from torch import Tensor
 
-from sam_lightning.callbacks.sharpness_monitor import HasTrainingSample, measure_module, measuring
+from sam_lightning.callbacks.sharpness_monitor import measure_module
 from sam_lightning.runs.directory import find_checkpoint, read_checkpoint
 from sam_lightning.runs.extras import require
 from sam_lightning.runs.files import replacing
 from sam_lightning.sharpness import Settings
 from sam_lightning.sharpness.batches import samples_in
-from sam_lightning.training.module import SharpnessAwareModule
+from sam_lightning.training.measured_loss import measured_loss
+from sam_lightning.training.training_sample import training_sample
 
 SHARPNESS = "sharpness.json"
 _DEFAULT = Settings()
@@ -42,10 +42,11 @@ class MeasuringTrainer(Trainer):
         """Measures how sharp the training loss is at a run's weights, in one process, and keeps it with the run.
 
         Written to `sharpness.json` in the run's directory: the measures with their standard errors, what they were
-        measured on and how. No augmentation; the loss is the module's own, in single precision.
+        measured on and how. No augmentation; the loss is what the module's `training_step` returns, in single
+        precision.
 
         Args:
-            model: The module, whose `loss` is measured.
+            model: The module, whose training loss is measured.
             datamodule: Gives the training samples.
             ckpt_path: The weights: last, best, a run directory, or a checkpoint file.
             samples: Training samples that are measured on, chosen by the seed of the settings; all if there are fewer.
@@ -59,7 +60,6 @@ class MeasuringTrainer(Trainer):
             MeasureError: If module or data cannot be measured, or `samples` is less than 1.
         """
         batches = self._ready(model, datamodule, ckpt_path, samples, settings.seed)
-        assert isinstance(model, SharpnessAwareModule)
         found = measure_module(model, batches, settings)
         device = self.strategy.root_device
         content = {
@@ -102,7 +102,7 @@ class MeasuringTrainer(Trainer):
         goes on where it was.
 
         Args:
-            model: The module, whose `loss` is drawn.
+            model: The module, whose training loss is drawn.
             datamodule: Gives the training samples.
             ckpt_path: The weights in the middle: last, best, a run directory, or a checkpoint file.
             other: Run directory or checkpoint file of another solution to compare with.
@@ -126,18 +126,13 @@ class MeasuringTrainer(Trainer):
         from sam_lightning.cli.landscape import Landscape
 
         batches = self._ready(model, datamodule, ckpt_path, samples, seed)
-        assert isinstance(model, SharpnessAwareModule)
         run, path = Path(self.default_root_dir), Path(str(ckpt_path))
-
-        def loss(batch: Any) -> Tensor:
-            with measuring(model):
-                return model.loss(batch)
-
         try:
-            drawn = Landscape(model, loss, batches, run, path, points, reach, seed)
-            drawn.around()
-            if other is not None:
-                drawn.with_other(find_checkpoint(run, other))
+            with measured_loss(model) as loss:
+                drawn = Landscape(model, loss, batches, run, path, points, reach, seed)
+                drawn.around()
+                if other is not None:
+                    drawn.with_other(find_checkpoint(run, other))
         except ValueError as error:
             raise MeasureError(str(error)) from error
         return drawn.figures
@@ -151,17 +146,16 @@ class MeasuringTrainer(Trainer):
         seed: int,
     ) -> list[Any]:
         """Loads the weights, and gives the batches."""
-        if not isinstance(model, SharpnessAwareModule):
-            raise MeasureError(f"the model must be a SharpnessAwareModule with a loss, got {type(model).__name__}.")
-        if not isinstance(datamodule, HasTrainingSample) or datamodule is None:
-            raise MeasureError(
-                "the data must have training_sample(samples, seed) -> list of batches, got "
-                f"{type(datamodule).__name__}."
-            )
         if samples < 1:
             raise MeasureError(f"--samples must be an integer >= 1, got {samples}.")
+        if datamodule is None:
+            raise MeasureError("there is no data to measure on: name a data module by --data.")
+        self.strategy.connect(model)
+        model.trainer = datamodule.trainer = self
+        self.datamodule = datamodule  # as Lightning sets it in its own commands
+        model.configure_model()
         model.load_state_dict(read_checkpoint(Path(str(ckpt_path)))["state_dict"])
         model.to(self.strategy.root_device)
         datamodule.prepare_data()
         datamodule.setup("fit")
-        return datamodule.training_sample(samples, seed)
+        return training_sample(self, samples, seed)

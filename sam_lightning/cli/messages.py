@@ -13,7 +13,7 @@ from sam_lightning.data import DataError
 from sam_lightning.runs.directory import CheckpointError
 from sam_lightning.runs.extras import MissingExtraError
 from sam_lightning.runs.fresh_start import RunExistsError
-from sam_lightning.training.manual import DivergedError
+from sam_lightning.training.divergence import DivergedError
 from sam_lightning.training.strategies import StrategyError
 
 _UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR}
@@ -60,8 +60,8 @@ def explain(error: Exception) -> str | None:
     if isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in text:
         what = (text.strip() or "no more to be had").splitlines()[0].rstrip(".")
         return (
-            f"out of memory: {what}. Lower --data.batch_size, or cut each batch into parts by --model.accumulate 2 or "
-            "more. What was saved before is kept."
+            f"out of memory: {what}. Lower --data.batch_size, or cut each batch into parts by --model.micro_batches 2 "
+            "or more. What was saved before is kept."
         )
     if isinstance(error, OSError) and error.errno in _UNWRITABLE and not is_from_users_code(error):
         return (

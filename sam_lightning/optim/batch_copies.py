@@ -1,7 +1,7 @@
 """A batch for a second pass, whatever the first one does to its own."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -24,27 +24,22 @@ def rebuilt(batch: Any, tensor: Callable[[Tensor], Tensor] = lambda t: t) -> Any
     if isinstance(batch, tuple):
         parts = [rebuilt(part, tensor) for part in batch]
         return type(batch)(*parts) if hasattr(batch, "_fields") else type(batch)(parts)
+    if not (hasattr(batch, "__dict__") or hasattr(batch, "__copy__") or isinstance(batch, list | dict)):
+        return batch  # a number, a string
+    try:
+        new: Any = copy.copy(batch)
+    except Exception:  # an object that cannot be copied goes into both passes as it is
+        return batch
     if isinstance(batch, list):
-        new = copy.copy(batch)
         new[:] = [rebuilt(part, tensor) for part in batch]
-        return new
-    if isinstance(batch, dict):
-        new = copy.copy(batch)
+    elif isinstance(batch, MutableMapping):
         for key, part in batch.items():
             new[key] = rebuilt(part, tensor)
-        return new
-    if is_dataclass(batch) and not isinstance(batch, type):
-        new = copy.copy(batch)
+    elif is_dataclass(batch) and not isinstance(batch, type):
         for field in fields(batch):
             if hasattr(batch, field.name):
                 object.__setattr__(new, field.name, rebuilt(getattr(batch, field.name), tensor))
-        return new
-    if not hasattr(batch, "__dict__") and not hasattr(batch, "__copy__"):  # numbers, strings
-        return batch
-    try:
-        return copy.copy(batch)
-    except Exception:  # an object that cannot be copied goes into both passes as it is
-        return batch
+    return new
 
 
 def tensors_in(batch: Any) -> list[Tensor]:

@@ -56,7 +56,7 @@ def _of_list(value: list[Any]) -> Restore:
     if length > _LONG:
         return lambda: value.__delitem__(slice(length, None))
     elements = list(value)
-    inner = [restore for element in elements if (restore := restorer(element))]
+    inner = [put for element in elements if (put := restorer(element))]
 
     def restore() -> None:
         value[:] = elements
@@ -68,7 +68,7 @@ def _of_list(value: list[Any]) -> Restore:
 
 def _of_dict(value: dict[Any, Any]) -> Restore:
     items = dict(value)
-    inner = [restore for element in items.values() if (restore := _of_tensor(element) or restorer(element))]
+    inner = [put for element in items.values() if (put := _of_tensor(element) or restorer(element))]
 
     def restore() -> None:
         dict.clear(value)

@@ -13,7 +13,7 @@ def random_states() -> RandomStates:
     """The states of torch's, NumPy's and Python's global generators, and of every CUDA device in use."""
     return {
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],  # type: ignore[no-untyped-call]
         "numpy": np.random.get_state(legacy=True),
         "python": random.getstate(),
     }

@@ -51,7 +51,7 @@ class Replay:
 
     @contextmanager
     def again(self) -> Iterator[Any]:
-        """Puts things back for a second pass on the batch that is yielded, and afterwards as the first pass left them."""
+        """Puts things back for a second pass on the batch that it gives; then all is as the first one left it."""
         batch, as_it_came = self._batches.take()
         if not as_it_came and self._state is not None:
             self._state.unguarded.append("the batch")
@@ -75,14 +75,14 @@ class Replay:
         told = []
         if self._state.teachers:
             told.append(
-                f"{_listed(self._state.teachers)}: not trained, and changed in training_step, as a teacher that follows. "
-                "In the second pass it follows from the perturbed weights; afterwards it is as the first pass left it. "
+                f"{_listed(self._state.teachers)}: not trained, and changed in training_step, as a teacher that "
+                "follows. In the second pass it follows from the perturbed weights; then it is as the first left it. "
                 "Move the change to on_train_batch_end, so that both passes see the same teacher."
             )
         if self._state.unguarded:
             told.append(
-                f"{_listed(self._state.unguarded)}: changed in training_step for the first time, so that this step's second "
-                "pass began with what the first one had left. From now on it begins with what the first one began with."
+                f"{_listed(self._state.unguarded)}: changed in training_step for the first time, so that this step's "
+                "second pass began with what the first one had left. From now on both begin with the same."
             )
         self._state.teachers, self._state.unguarded = [], []
         return told

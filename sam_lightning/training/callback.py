@@ -1,27 +1,22 @@
 """Sharpness-aware training of a LightningModule that knows nothing of it."""
 
 import sys
-from collections.abc import Callable
-from functools import partial
 from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
-from torch.optim import Optimizer
 
-from sam_lightning import optim
 from sam_lightning.optim import SharpnessAware
 from sam_lightning.optim.replay import Replay
 from sam_lightning.training.divergence import refuse_diverged
 from sam_lightning.training.logs import StepLogs
+from sam_lightning.training.methods import Method, make_sharp, maker_of, trained_weights
 from sam_lightning.training.micro_batches import common_length
 from sam_lightning.training.resume import go_on_with_the_next_epoch
 from sam_lightning.training.sharding import share_buffers
-from sam_lightning.training.sharp_step import SharpStep
+from sam_lightning.training.sharp_step import SharpStep, StepResult
 from sam_lightning.training.strategies import data_parallel_size, refuse_options, refuse_strategy, shares_buffers
-
-Method = type[SharpnessAware] | Callable[..., SharpnessAware] | str
 
 
 class SharpnessAwareTraining(Callback):
@@ -66,7 +61,9 @@ class SharpnessAwareTraining(Callback):
         """Of both kinds of callback, where the package's other name `pytorch_lightning` is in use, too."""
         twin = sys.modules.get("pytorch_lightning")
         if twin is not None and not issubclass(cls, twin.Callback):
-            cls = type(cls.__name__, (cls, twin.Callback), {"__module__": cls.__module__, "__qualname__": cls.__qualname__})
+            cls = type(
+                cls.__name__, (cls, twin.Callback), {"__module__": cls.__module__, "__qualname__": cls.__qualname__}
+            )
         return super().__new__(cls)
 
     def __init__(
@@ -92,7 +89,7 @@ class SharpnessAwareTraining(Callback):
         self.batch_norm_stats = batch_norm_stats
         self.micro_batches = micro_batches
         self.m_sharpness: int | None = None
-        self._method = _method_of(method)
+        self._method = maker_of(method)
         self._options = options if rho is None else {"rho": rho, **options}
         self._step: SharpStep | None = None
         self._logs: StepLogs | None = None
@@ -120,7 +117,7 @@ class SharpnessAwareTraining(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Puts the method around the module's optimizer, and two passes in the place of one."""
-        optimizer = self._made_sharp(trainer, pl_module)
+        optimizer = make_sharp(trainer, pl_module, self._method, self._options)
         self.m_sharpness = None
         refuse_options(trainer, pl_module, optimizer, self.sync_perturbation, self.micro_batches)
         self._hooks = [pl_module.register_state_dict_pre_hook(self._refuse_perturbed)]  # type: ignore[no-untyped-call]
@@ -128,28 +125,14 @@ class SharpnessAwareTraining(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Takes over the step, when every other callback has seen the module as it is."""
         optimizer = trainer.optimizers[0]
-        replay = Replay(pl_module, lambda: _trained(trainer), self.second_pass == "replay", self.batch_norm_stats == "first")
+        replay = Replay(
+            pl_module, lambda: trained_weights(trainer), self.second_pass == "replay", self.batch_norm_stats == "first"
+        )
         self._logs = StepLogs(trainer, pl_module)
         self._replay = replay
         self._step = SharpStep(
             trainer, pl_module, optimizer, replay, self._logs, self.micro_batches, self.sync_perturbation
         )
-
-    def _made_sharp(self, trainer: Trainer, module: LightningModule) -> Optimizer:
-        if not trainer.optimizers:
-            raise TypeError(f"{type(module).__name__}.configure_optimizers makes no optimizer to train with.")
-        optimizer = trainer.optimizers[0]
-        if isinstance(optimizer, SharpnessAware):
-            if self._options:
-                raise TypeError(
-                    f"{type(module).__name__}.configure_optimizers makes a {type(optimizer).__name__} already, and "
-                    f"SharpnessAwareTraining was given {', '.join(self._options)}: give options in one place only."
-                )
-            return optimizer
-        if self._method is not None:
-            optimizer = self._method(optimizer, module, self._options)
-            trainer.optimizers = [optimizer]
-        return optimizer
 
     def _refuse_perturbed(self, *args: Any) -> None:
         """Whatever would save the weights, checkpoints first of all, asks for the module's `state_dict`."""
@@ -164,6 +147,16 @@ class SharpnessAwareTraining(Callback):
     def is_second_pass(self) -> bool:
         """Whether `training_step` runs at w + e."""
         return self._step is not None and self._step.is_second_pass
+
+    @property
+    def is_logged_step(self) -> bool:
+        """Whether the step that is being taken, or was taken last, is one of every `log_every_n_steps`."""
+        return self._step is not None and self._step.is_logged
+
+    @property
+    def last_step(self) -> StepResult:
+        """What the passes of the last batch came to."""
+        return StepResult() if self._step is None else self._step.result
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Notes m, of the first batch: an incomplete last one has fewer samples."""
@@ -180,7 +173,8 @@ class SharpnessAwareTraining(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Logs what the passes came to, and warns once of what could not be kept from the second one."""
-        assert self._step is not None and self._logs is not None
+        assert self._step is not None
+        assert self._logs is not None
         result = self._step.result
         loss = result.loss_perturbed if result.loss is None else result.loss
         if loss is not None:
@@ -217,7 +211,7 @@ class SharpnessAwareTraining(Callback):
         self._loss_sum, self._batches = 0.0, 0
 
     def _refuse_diverged(self, trainer: Trainer) -> None:
-        refuse_diverged(_trained(trainer), trainer.current_epoch, trainer.global_step)
+        refuse_diverged(trained_weights(trainer), trainer.current_epoch, trainer.global_step)
 
     # Each process would evaluate with running statistics of its own.
 
@@ -267,27 +261,3 @@ class SharpnessAwareTraining(Callback):
             if part is not None:
                 part.remove()
         self._hooks = []
-
-
-def _trained(trainer: Trainer) -> list[Tensor]:
-    """What the optimizer moves; parameters that do not require gradients may be among its own."""
-    return [p for group in trainer.optimizers[0].param_groups for p in group["params"] if p.requires_grad]
-
-
-def _method_of(method: Method | None) -> Callable[[Optimizer, LightningModule, dict[str, Any]], SharpnessAware] | None:
-    """What puts the method around an optimizer."""
-    if method is None:
-        return None
-    keywords: dict[str, Any] = {}
-    named = method
-    if isinstance(method, str):
-        name = method.rpartition(".")[2]
-        named = getattr(optim, name, None)  # type: ignore[assignment]
-    if isinstance(named, partial):
-        named, keywords = named.func, dict(named.keywords)
-    if not (isinstance(named, type) and issubclass(named, SharpnessAware)):
-        names = sorted(n for n, v in vars(optim).items() if isinstance(v, type) and issubclass(v, SharpnessAware))
-        known = ", ".join(name for name in names if name != "SharpnessAware")
-        raise ValueError(f"method must be a sharpness-aware optimizer's class, or one of {known}; got {method!r}.")
-    made = named
-    return lambda optimizer, module, options: made.around(optimizer, names=module, **{**keywords, **options})

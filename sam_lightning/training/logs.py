@@ -22,9 +22,9 @@ class StepLogs:
         self._averages: dict[str, tuple[Callable[..., None], float, dict[str, Any]]] | None = None
         self._share = 1.0
         # Told by what they can do: modules of pytorch_lightning are of another class.
-        self._modules = [part for part in module.modules() if callable(getattr(part, "log_dict", None))]
+        self._modules: list[Any] = [part for part in module.modules() if callable(getattr(part, "log_dict", None))]
         for part in self._modules:
-            part.log = self._standing_in_for(part.log)  # type: ignore[method-assign]
+            part.log = self._standing_in_for(part.log)
 
     def remove(self) -> None:
         """Gives the modules their own `log` back."""

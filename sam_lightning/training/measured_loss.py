@@ -19,8 +19,8 @@ from sam_lightning.training.logs import StepLogs
 def measured_loss(module: LightningModule) -> Iterator[Callable[[Any], Tensor]]:
     """Gives the loss that `module.training_step` computes of a batch.
 
-    Every call draws the same random numbers, so that the loss is a function of the weights. Afterwards all is as before:
-    metrics, counters, lists, buffers and random states.
+    Every call draws the same random numbers, so that the loss is a function of the weights. Afterwards all is as
+    before: metrics, counters, lists, buffers and random states.
 
     Args:
         module: Any LightningModule with a `training_step` that returns its loss, or a dictionary with it.
@@ -36,10 +36,12 @@ def measured_loss(module: LightningModule) -> Iterator[Callable[[Any], Tensor]]:
     vars(module)["_is_measured"] = True
 
     def loss(batch: Any) -> Tensor:
+        random_now = random_states()
         set_random_states(random_before)
         copied = rebuilt(batch, torch.clone)
         output = module.training_step(copied, 0) if takes_index else module.training_step(copied)
         state.restore_attributes()
+        set_random_states(random_now)
         found = output["loss"] if isinstance(output, dict) else output
         if not isinstance(found, Tensor):
             name = type(module).__name__

@@ -42,8 +42,8 @@ def split_batch(batch: Any, count: int, module: nn.Module | None = None) -> list
         )
     if _may_be_samples(batch, lengths[0]):
         raise TypeError(
-            f"micro_batches > 1: this batch is a list of {len(batch)} tensors of {lengths[0]} rows, which may be as many "
-            "samples; give the module a method split_batch(batch, count) -> list of (part, share of the samples)."
+            f"micro_batches > 1: this batch is a list of {len(batch)} tensors of {lengths[0]} rows, which may be as "
+            "many samples; give the module a method split_batch(batch, count) -> list of (part, share of the samples)."
         )
     count = min(count, lengths[0])
 

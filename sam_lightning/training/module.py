@@ -9,7 +9,8 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from sam_lightning.optim import Params
-from sam_lightning.training.callback import Method, SharpnessAwareTraining
+from sam_lightning.training.callback import SharpnessAwareTraining
+from sam_lightning.training.methods import Method
 from sam_lightning.training.sharding import shard
 from sam_lightning.training.strategies import is_sharded
 
@@ -85,7 +86,7 @@ class SharpnessAwareModule(LightningModule):
         kinds = type(self).__mro__
         behind = kinds[kinds.index(SharpnessAwareModule) + 1]
         if behind is not LightningModule:  # another module's arguments may have these names
-            theirs = inspect.signature(behind.__init__).parameters
+            theirs = inspect.signature(behind).parameters
             given = {"optimizer": optimizer, "lr_scheduler": lr_scheduler, **options}
             kwargs |= {name: value for name, value in given.items() if value is not None and name in theirs}
             optimizer, lr_scheduler = (None if name in theirs else given[name] for name in _FACTORIES)  # type: ignore[assignment]
@@ -152,11 +153,11 @@ class SharpnessAwareModule(LightningModule):
         if self._make_lr_scheduler is None:
             return optimizer
         scheduler = self._make_lr_scheduler(optimizer)
-        config = {"scheduler": scheduler, "interval": self.lr_scheduler_interval}
+        config: dict[str, Any] = {"scheduler": scheduler, "interval": self.lr_scheduler_interval}
         if isinstance(scheduler, ReduceLROnPlateau):  # which looks at a metric, when there is a new one
             every = self._trainer.check_val_every_n_epoch if self._trainer is not None else 1
             config |= {"monitor": getattr(scheduler, "monitor", "val/loss"), "frequency": every or 1}
-        return {"optimizer": optimizer, "lr_scheduler": config}  # type: ignore[typeddict-item]
+        return {"optimizer": optimizer, "lr_scheduler": config}  # type: ignore[return-value]
 
     def configure_model(self) -> None:
         """In ModelParallelStrategy shards every submodule by FSDP2, as `sharding.shard` does.
@@ -171,7 +172,7 @@ class SharpnessAwareModule(LightningModule):
                     shard(child, self.device_mesh["data_parallel"])
 
     def save_hyperparameters(self, *args: Any, ignore: Any = None, frame: Any = None, **kwargs: Any) -> None:
-        """As Lightning's; functions that make optimizers and schedulers are no hyperparameters that a file could keep."""
+        """As Lightning's, without functions that make optimizers and schedulers: no file could keep them."""
         if frame is None:
             current = inspect.currentframe()
             frame = None if current is None else current.f_back

@@ -32,9 +32,9 @@ class StepResult:
 class SharpStep:
     """Takes the place of what Lightning's automatic optimization does with one batch.
 
-    There a closure runs `training_step`, `optimizer_zero_grad` and `backward`, once for every batch that is accumulated;
-    around it Lightning calls hooks, clips, steps, schedules and counts. Only that closure is replaced: by two passes with
-    an ascent in between, whose outcome is the gradient that descends. All else is Lightning's own.
+    There a closure runs `training_step`, `optimizer_zero_grad` and `backward`, once for every batch that is
+    accumulated; around it Lightning calls hooks, clips, steps, schedules and counts. Only that closure is replaced:
+    by two passes with an ascent in between, whose outcome is the gradient that descends. All else is Lightning's.
 
     Args:
         trainer: The trainer, whose optimizer has been made.
@@ -77,7 +77,9 @@ class SharpStep:
 
     def _make_closure(self, kwargs: dict[str, Any], optimizer: Optimizer, batch_idx: int) -> Any:
         closure = self._make_plain_closure(kwargs, optimizer, batch_idx)  # type: ignore[arg-type]
-        if closure._backward_fn is not None:  # without it Lightning only wants the forward pass, as for averaged weights
+        if (
+            closure._backward_fn is not None
+        ):  # without it Lightning only wants the forward pass, as for averaged weights
             closure.closure = partial(self._run, kwargs, closure)  # type: ignore[method-assign]
         return closure
 
@@ -97,7 +99,9 @@ class SharpStep:
             self.result.loss = self._loss_of(output)
             self.result.grad_norm = self._grad_norm()
         if output.closure_loss is None:
-            closure.warning_cache.warn("`training_step` returned `None`. If this was on purpose, ignore this warning...")
+            closure.warning_cache.warn(
+                "`training_step` returned `None`. If this was on purpose, ignore this warning..."
+            )
         if stats is not None:  # a forward pass that overflowed leaves no trace, as the step is skipped
             stats.restore(unless=global_norm(self._gradients()).isfinite())
         if accumulated is not None:

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from torch.distributed.fsdp import FSDPModule
@@ -82,7 +81,11 @@ def refuse_strategy(trainer: Trainer) -> None:
     strategy = trainer.strategy
     for refused, why, instead in (
         ("FSDPStrategy", "FSDP1 holds the whole training step in its forward pass, where no backward pass runs", FSDP2),
-        ("DeepSpeedStrategy", "DeepSpeed keeps gradients and weights to itself, which are needed between passes", FSDP2),
+        (
+            "DeepSpeedStrategy",
+            "DeepSpeed keeps gradients and weights to itself, which are needed between passes",
+            FSDP2,
+        ),
         ("XLAStrategy", "it averages gradients in the optimizer's step, behind the perturbation", DDP),
     ):
         if _is(strategy, refused):
@@ -109,8 +112,9 @@ def refuse_options(
     Raises:
         StrategyError: With the option, its value, what is allowed, and why.
     """
-    perturbs = isinstance(optimizer, SharpnessAware) and optimizer.needs_first_gradient
-    if perturbs and optimizer.needs_mean_gradient and not sync_perturbation and data_parallel_size(trainer) > 1:
+    sharp = optimizer if isinstance(optimizer, SharpnessAware) else None
+    perturbs = sharp is not None and sharp.needs_first_gradient
+    if sharp is not None and sharp.needs_mean_gradient and not sync_perturbation and data_parallel_size(trainer) > 1:
         raise StrategyError(
             f"sync_perturbation must be True for {type(optimizer).__name__} in several processes, got False: it keeps "
             "or combines first gradients, which must be the same everywhere."

@@ -13,6 +13,7 @@ from torch.nn.functional import cross_entropy, mse_loss
 
 from commands import BASE, ROOT
 from commands import QUICK as FEW
+from plain_modules import Plain, batches
 from regression import SAM_SGD, SGD, Regression, assert_same, loader, make_network, state_of
 from sam_lightning.callbacks.sharpness_monitor import SharpnessMonitor
 from sam_lightning.data import Digits
@@ -20,6 +21,7 @@ from sam_lightning.models import ImageClassifier, digits_cnn
 from sam_lightning.optim.batch_norm import frozen_running_stats
 from sam_lightning.sharpness import Settings, measure
 from sam_lightning.studies.execute import execute
+from sam_lightning.training import SharpnessAwareTraining
 
 QUICK = Settings(steps=2, draws=2, rho=0.1)
 SIGNALS = ("train/sharpness", "train/perturbation_norm", "train/grad_cosine")
@@ -207,8 +209,18 @@ def test_what_it_cannot_watch_is_refused(trainer):
         SharpnessMonitor(every_n_epochs=-1)
     with pytest.raises(ValueError, match="samples must be an integer >= 1, got 0"):
         SharpnessMonitor(samples=0)
-    with pytest.raises(TypeError, match=r"training_sample\(samples, seed\).*got NoneType.*every_n_epochs=0"):
-        trainer(callbacks=[SharpnessMonitor()]).fit(Regression(), loader())
+
+
+def test_any_module_on_any_loader_is_measured_on_the_same_samples_each_time(trainer):
+    monitor = SharpnessMonitor(1, samples=16, settings=QUICK)
+    sharp = SharpnessAwareTraining("SAM", rho=0.0)
+    shuffled = batches(shuffle=True)
+    frozen = Plain(dropout=0.5)
+    frozen.configure_optimizers = lambda: torch.optim.SGD(frozen.parameters(), lr=0.0)
+    trainer(callbacks=[sharp, monitor], max_epochs=2).fit(frozen, shuffled)
+    first, second = ({k: v for k, v in row.items() if k != "epoch"} for row in monitor.history)
+    assert first == second
+    assert first["trace"] != 0
 
 
 def test_measures_reach_a_studys_results(tmp_path):

@@ -60,7 +60,7 @@ class InPass(Callback):
     ("error", "message"),
     [
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."), "error: out of memory: CUDA out of"),
-        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), "--model.accumulate 2 or more"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), "--model.micro_batches 2 or more"),
         (KeyboardInterrupt(), "interrupted: go on with: sam-lightning fit --ckpt_path runs/digits-sam-seed1"),
     ],
     ids=["out-of-memory", "cpu-memory", "ctrl-c"],

@@ -16,8 +16,8 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from torch.distributed.nn.functional import all_reduce
 from torch.utils.data import DataLoader, DistributedSampler
 
-from sam_lightning.training import SharpnessAwareTraining
 from regression import SAM_SGD, SGD, Branches, Regression, loader, make_data, make_network, state_of
+from sam_lightning.training import SharpnessAwareTraining
 
 SYNC, LOCAL = {"sync_perturbation": True}, {"sync_perturbation": False}
 # name: (options of the module, options of DistributedDataParallel)

@@ -22,6 +22,7 @@ from regression import SAM_SGD, SGD, Regression, Tied, loader, make_data, make_n
 from sam_lightning.callbacks import RandomStates
 from sam_lightning.optim import global_norm, norms
 from sam_lightning.optim.shards import local_parts, whole
+from sam_lightning.training import SharpnessAwareTraining
 from sam_lightning.training.sharding import shard
 
 RANK = int(os.environ.get("RANK", 0))  # none where pytest looks in here for doctests
@@ -181,12 +182,16 @@ def gathered(module):
     return {name: whole(value).clone() for name, value in module.state_dict().items()}
 
 
+def m_of(run):
+    return next(c.m_sharpness for c in run.callbacks if isinstance(c, SharpnessAwareTraining))
+
+
 def fit(module, samples=160, validate=False, **options):
     run = trainer(**options)
     run.fit(module, batches(samples), *([loader(batch_size=4, samples=8)] if validate else []))
     optimizer = run.optimizers[0].state
     momenta = [whole(optimizer[p]["momentum_buffer"]) for p in module.parameters() if p in optimizer]
-    return {"state": gathered(module), "steps": run.global_step, "m": module.m_sharpness, "momenta": momenta}
+    return {"state": gathered(module), "steps": run.global_step, "m": m_of(run), "momenta": momenta}
 
 
 def refused(module, **options):

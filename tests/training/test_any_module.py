@@ -111,7 +111,7 @@ def test_a_method_is_a_class_a_name_or_a_partial(trainer, method):
 def test_options_of_the_method_reach_it(trainer):
     made = sharp(trainer, Plain(), method=partial(ASAM, eta=0.5))
     assert made.optimizers[0].eta == 0.5
-    with pytest.raises(ValueError, match="method must be a sharpness-aware optimizer's class, or one of .*ASAM.*'SAMM'"):
+    with pytest.raises(ValueError, match=r"method must be a .* class, or one of .*ASAM.*'SAMM'"):
         SharpnessAwareTraining("SAMM")
 
 
@@ -203,9 +203,7 @@ class InPlaceUnseen(Plain):
         return mse_loss(self.net(batch["x"]), batch["y"])
 
 
-@pytest.mark.parametrize(
-    ("kind", "shift"), [(Pop, 0), (Replace, 1), (Overwrite, 0), (InPlace, 1), (InPlaceUnseen, 1)]
-)
+@pytest.mark.parametrize(("kind", "shift"), [(Pop, 0), (Replace, 1), (Overwrite, 0), (InPlace, 1), (InPlaceUnseen, 1)])
 def test_the_second_pass_gets_the_batch_as_it_came(trainer, kind, shift):
     module, expected = kind(), Plain()
     sharp(trainer, module, rows())
@@ -309,7 +307,9 @@ def follow(teacher, student, hides_it):
 @pytest.mark.parametrize("hides_it", [False, True], ids=["counted", "by .data"])
 def test_a_teacher_follows_once_and_is_named(trainer, hides_it):
     module, expected = Teacher(hides_it), Teacher(hides_it)
-    with pytest.warns(UserWarning, match=r"teacher.weight, teacher.bias: not trained, .* Move the change to on_train_batch_end"):
+    with pytest.warns(
+        UserWarning, match=r"teacher.weight, teacher.bias: not trained, .* Move the change to on_train_batch_end"
+    ):
         sharp(trainer, module)
     weights = list(expected.net.parameters())
     optimizer = torch.optim.SGD(weights, lr=0.1, momentum=0.9)

@@ -1,0 +1,65 @@
+"""Which method is put around a module's optimizer."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, TypeAlias
+
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
+from torch.optim import Optimizer
+
+from sam_lightning import optim
+from sam_lightning.optim import SharpnessAware
+
+Method: TypeAlias = type[SharpnessAware] | Callable[..., SharpnessAware] | str
+Maker: TypeAlias = Callable[[Optimizer, LightningModule, dict[str, Any]], SharpnessAware]
+
+
+def maker_of(method: Method | None) -> Maker | None:
+    """What puts the method around an optimizer.
+
+    Args:
+        method: A class, its name, or a `functools.partial` of a class with options; `None`: nothing is put around it.
+
+    Raises:
+        ValueError: If it is none of these.
+    """
+    if method is None:
+        return None
+    keywords: dict[str, Any] = {}
+    named: Any = getattr(optim, method.rpartition(".")[2], None) if isinstance(method, str) else method
+    if isinstance(named, partial):
+        named, keywords = named.func, dict(named.keywords)
+    if not (isinstance(named, type) and issubclass(named, SharpnessAware)):
+        names = sorted(n for n, v in vars(optim).items() if isinstance(v, type) and issubclass(v, SharpnessAware))
+        known = ", ".join(name for name in names if name != "SharpnessAware")
+        raise ValueError(f"method must be a sharpness-aware class, or one of {known}; got {method!r}.")
+    made = named
+    return lambda optimizer, module, options: made.around(optimizer, names=module, **{**keywords, **options})
+
+
+def make_sharp(trainer: Trainer, module: LightningModule, maker: Maker | None, options: dict[str, Any]) -> Optimizer:
+    """Puts the method around the trainer's optimizer; one that is sharpness-aware already stays as it is.
+
+    Raises:
+        TypeError: If there is no optimizer, or if its options were given in two places.
+    """
+    if not trainer.optimizers:
+        raise TypeError(f"{type(module).__name__}.configure_optimizers makes no optimizer to train with.")
+    optimizer = trainer.optimizers[0]
+    if isinstance(optimizer, SharpnessAware):
+        if options:
+            raise TypeError(
+                f"{type(module).__name__}.configure_optimizers makes a {type(optimizer).__name__} already, and "
+                f"SharpnessAwareTraining was given {', '.join(options)}: give options in one place only."
+            )
+        return optimizer
+    if maker is None:
+        return optimizer
+    trainer.optimizers = [sharp := maker(optimizer, module, options)]
+    return sharp
+
+
+def trained_weights(trainer: Trainer) -> list[Tensor]:
+    """What the optimizer moves; parameters that do not require gradients may be among its own."""
+    return [p for group in trainer.optimizers[0].param_groups for p in group["params"] if p.requires_grad]
