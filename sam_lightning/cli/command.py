@@ -28,7 +28,8 @@ from sam_lightning.runs.configs import with_packaged_files
 from sam_lightning.runs.directory import CHECKPOINTS, find_checkpoint, run_name, with_run_config
 from sam_lightning.runs.fresh_start import replaceable
 from sam_lightning.runs.settings import hparams_of
-from sam_lightning.training.module import SharpnessAwareModule
+from sam_lightning.training import SharpnessAwareModule
+from sam_lightning.training.methods import trains_plainly
 
 STRICT = {"allow_abbrev": False}
 TOP = {
@@ -92,9 +93,16 @@ class CLI(LightningCLI):
         try:
             super().instantiate_classes()
             # A module that makes its own may need the trainer, which it has only later.
-            own = type(self.model).configure_optimizers is not SharpnessAwareModule.configure_optimizers
-            if self.subcommand == "fit" and not own and list(self.model.parameters()):
+            is_made_by_factory = isinstance(self.model, SharpnessAwareModule) and self.model.makes_optimizer_by_factory
+            if self.subcommand == "fit" and is_made_by_factory and list(self.model.parameters()):
                 self.model.configure_optimizers()
+            if self.subcommand == "fit" and trains_plainly(self.model, self.trainer):
+                name = type(self.model).__name__
+                print(
+                    f"sam-lightning: note: {name} trains plainly. For sharp steps: --trainer.callbacks+="
+                    "sam_lightning.training.SharpnessAwareTraining --trainer.callbacks.method SAM",
+                    file=sys.stderr,
+                )
         except (ValueError, MisconfigurationException) as error:
             if is_from_users_code(error):
                 raise

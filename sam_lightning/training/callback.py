@@ -5,7 +5,6 @@ from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor
 
 from sam_lightning.optim import SharpnessAware
 from sam_lightning.optim.replay import Replay
@@ -16,6 +15,7 @@ from sam_lightning.training.micro_batches import common_length
 from sam_lightning.training.resume import go_on_with_the_next_epoch
 from sam_lightning.training.sharding import share_buffers
 from sam_lightning.training.sharp_step import SharpStep, StepResult
+from sam_lightning.training.step_metrics import StepMetrics
 from sam_lightning.training.strategies import data_parallel_size, refuse_options, refuse_strategy, shares_buffers
 
 
@@ -94,8 +94,7 @@ class SharpnessAwareTraining(Callback):
         self._step: SharpStep | None = None
         self._logs: StepLogs | None = None
         self._hooks: list[Any] = []
-        self._loss_sum: Tensor | float = 0.0  # of the epoch so far; on its device until the epoch ends
-        self._batches = 0
+        self._metrics = StepMetrics()
 
     # Before the first batch.
 
@@ -175,26 +174,13 @@ class SharpnessAwareTraining(Callback):
         """Logs what the passes came to, and warns once of what could not be kept from the second one."""
         assert self._step is not None
         assert self._logs is not None
-        result = self._step.result
-        loss = result.loss_perturbed if result.loss is None else result.loss
-        if loss is not None:
-            self._loss_sum = self._loss_sum + loss
-            self._batches += 1
+        self._metrics.add(self._step.result)
         for finding in self._replay.findings():
             rank_zero_warn(finding)
-        if not self._step.is_logged:
-            return
-        self._refuse_diverged(trainer)
-        found = {
-            "train/loss": result.loss,
-            "train/loss_perturbed": result.loss_perturbed,
-            "train/grad_norm": result.grad_norm,
-            "lr": float(trainer.optimizers[0].param_groups[0]["lr"]),
-        }
-        with self._logs.unrecorded():
-            for name, value in found.items():
-                if value is not None and name not in self._logs.names:
-                    pl_module.log(name, value, prog_bar=name == "train/loss", batch_size=1)
+        if self._step.is_logged:
+            self._refuse_diverged(trainer)
+            lr = float(trainer.optimizers[0].param_groups[0]["lr"])
+            self._metrics.log_step(pl_module, self._logs, self._step.result, lr)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Logs the epoch's mean loss.
@@ -204,11 +190,7 @@ class SharpnessAwareTraining(Callback):
         """
         self._refuse_diverged(trainer)
         assert self._logs is not None
-        if self._batches and not {"train/loss", "train/loss_epoch"} & self._logs.names:
-            with self._logs.unrecorded():
-                mean = float(self._loss_sum) / self._batches
-                pl_module.log("train/loss_epoch", mean, sync_dist=trainer.world_size > 1, batch_size=1)
-        self._loss_sum, self._batches = 0.0, 0
+        self._metrics.log_epoch(pl_module, self._logs)
 
     def _refuse_diverged(self, trainer: Trainer) -> None:
         refuse_diverged(trained_weights(trainer), trainer.current_epoch, trainer.global_step)
@@ -224,11 +206,11 @@ class SharpnessAwareTraining(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """The losses of the epoch so far, so that a resumed epoch has the same mean."""
-        return {"loss_sum": float(self._loss_sum), "batches": self._batches}
+        return self._metrics.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Goes on with the losses of the epoch so far."""
-        self._loss_sum, self._batches = state_dict["loss_sum"], state_dict["batches"]
+        self._metrics.load_state_dict(state_dict)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Refuses to save weights that are not finite.

@@ -63,3 +63,10 @@ def make_sharp(trainer: Trainer, module: LightningModule, maker: Maker | None, o
 def trained_weights(trainer: Trainer) -> list[Tensor]:
     """What the optimizer moves; parameters that do not require gradients may be among its own."""
     return [p for group in trainer.optimizers[0].param_groups for p in group["params"] if p.requires_grad]
+
+
+def trains_plainly(module: LightningModule, trainer: Trainer) -> bool:
+    """Whether neither the module nor a callback makes the steps sharp."""
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]  # of a part of the trainer
+    sharp = [part for part in (module, *callbacks) if hasattr(part, "is_second_pass")]
+    return module.automatic_optimization and not sharp

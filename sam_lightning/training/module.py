@@ -99,12 +99,17 @@ class SharpnessAwareModule(LightningModule):
                 setattr(self, name, value)
         self._callback()  # refuses wrong options where they are given
 
-    def _callback(self) -> SharpnessAwareTraining:
+    @property
+    def makes_optimizer_by_factory(self) -> bool:
+        """Whether the optimizer is the factory's, and so exactly what was asked for."""
         overrides = type(self).configure_optimizers is not SharpnessAwareModule.configure_optimizers
-        makes_its_own = overrides or self._make_optimizer is None
+        return self._make_optimizer is not None and not overrides
+
+    def _callback(self) -> SharpnessAwareTraining:
+        method, rho = (None, None) if self.makes_optimizer_by_factory else (self.method, self.rho)
         return SharpnessAwareTraining(
-            self.method if makes_its_own else None,
-            rho=self.rho if makes_its_own else None,
+            method,
+            rho=rho,
             second_pass=self.second_pass,
             sync_perturbation=self.sync_perturbation,
             batch_norm_stats=self.batch_norm_stats,

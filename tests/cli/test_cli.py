@@ -362,7 +362,7 @@ def test_sharpness_of_a_finished_run(capsys):
     assert found["settings"] == asdict(settings)
     assert found["samples"] == 100
     batches = trained.datamodule.training_sample(100, seed=0)
-    expected = measure(trained.model, trained.model.loss, batches, settings).rows()
+    expected = measure(trained.model, lambda batch: trained.model.training_step(batch, 0), batches, settings).rows()
     assert set(found["measures"]) == set(expected)
     for name, (value, error) in expected.items():
         row = found["measures"][name]
