@@ -81,7 +81,7 @@ class SharpnessMonitor(Callback):
         if training is None or not isinstance(optimizer, SharpnessAware) or not training.is_logged_step:
             return
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        gradient = [p.grad for p in parameters if p.grad is not None]
+        gradient = [_real(p.grad) for p in parameters if p.grad is not None]
         if not training.is_second_pass:
             self._weights = [p.clone() for p in parameters]
             self._gradient = [g.clone() for g in gradient]  # copies: gradients may be views of shared memory
@@ -150,3 +150,8 @@ def measure_module(module: LightningModule, batches: list[Any], settings: Settin
 def _training(trainer: Trainer) -> SharpnessAwareTraining | None:
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # of a part of the trainer
     return next((callback for callback in callbacks if isinstance(callback, SharpnessAwareTraining)), None)
+
+
+def _real(tensor: Tensor) -> Tensor:
+    """Real and imaginary parts side by side, whose inner product is that of the steps."""
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
