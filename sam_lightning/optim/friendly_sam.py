@@ -80,5 +80,5 @@ class FriendlySAM(SharpnessAware):
     def remember(self, memory: list[Tensor], first: list[Tensor]) -> None:
         """Renews m."""
         torch._foreach_mul_(memory, self.lmbda)
-        torch._foreach_mul_(first, (1 - self.lmbda) / self.loss_scale)
-        torch._foreach_add_(memory, first)
+        torch._foreach_div_(first, self.loss_scale)
+        torch._foreach_add_(memory, first, alpha=1 - self.lmbda)

@@ -8,7 +8,7 @@ from torch import Tensor
 from sam_lightning.optim.shards import whole
 
 _LOW_PRECISION = (torch.float16, torch.bfloat16)
-_PIECE = 2**20  # torch sums a long float32 tensor on the CPU in a few lanes: 1 % is lost at 1e8 entries
+_PIECE = 2**18  # torch sums a long float32 tensor on the CPU in a few lanes: 1 % is lost at 1e8 entries
 
 
 @torch.no_grad()

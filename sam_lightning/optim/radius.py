@@ -85,8 +85,8 @@ def follow_lr(lowest: float = 0.0) -> RadiusSchedule:
         lowest: c, the factor where the learning rate is 0, in [0, 1].
 
     Example:
-        >>> follow_lr(lowest=0.2)(Progress(step=7, lr=0.05, initial_lr=0.1))
-        0.6
+        >>> follow_lr(lowest=0.5)(Progress(step=7, lr=0.5, initial_lr=1.0))
+        0.75
 
     Reference:
         Zhuang et al. Surrogate Gap Minimization Improves Sharpness-Aware Training. ICLR 2022. arXiv 2203.08065,
@@ -103,7 +103,7 @@ def follow_lr(lowest: float = 0.0) -> RadiusSchedule:
 def _late(start: float, progress: Progress) -> float:
     if progress.total_steps == math.inf:
         raise ValueError("late() needs to know how long training is: set max_epochs or max_steps, not only max_time.")
-    return float(progress.step >= start * progress.total_steps)
+    return float(progress.step >= start * progress.total_steps - 1e-6)  # 0.7 * 10 is a little more than 7
 
 
 def _warm_up(steps: int, gradual: bool, progress: Progress) -> float:

@@ -75,5 +75,5 @@ class VaSSO(SharpnessAware):
     def remember(self, memory: list[Tensor], first: list[Tensor]) -> None:
         """Renews d."""
         torch._foreach_mul_(memory, 1 - self.theta)
-        torch._foreach_mul_(first, self.theta / self.loss_scale)
-        torch._foreach_add_(memory, first)
+        torch._foreach_div_(first, self.loss_scale)
+        torch._foreach_add_(memory, first, alpha=self.theta)

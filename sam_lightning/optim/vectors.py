@@ -49,8 +49,11 @@ def add_(targets: list[Tensor], vectors: Sequence[Tensor], factor: float) -> Non
         return
     scale: Tensor | float = factor
     if isinstance(vectors, Scaled):
-        scale = factor * vectors.factor
+        scale = vectors.factor
         vectors = vectors.vectors
+        if isinstance(scale, Tensor) and targets[0].dtype is torch.float64:
+            scale = scale.double()
+        scale = factor * scale
     vectors = list(vectors)
     if not isinstance(scale, Tensor):
         if scale == 0:

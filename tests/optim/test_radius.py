@@ -16,6 +16,7 @@ from sam_lightning.optim.radius import Progress, follow_lr, late, warm_up
         (late(0.0), [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]),
         (late(0.9), [0, 0, 0, 0, 0, 0, 0, 0, 0, 1]),
         (late(0.85), [0, 0, 0, 0, 0, 0, 0, 0, 0, 1]),
+        (late(0.7), [0, 0, 0, 0, 0, 0, 0, 1, 1, 1]),
         (late(1.0), [0] * 10),
         (warm_up(4), [0, 0.25, 0.5, 0.75, 1, 1, 1, 1, 1, 1]),
         (warm_up(4, gradual=False), [0, 0, 0, 0, 1, 1, 1, 1, 1, 1]),
