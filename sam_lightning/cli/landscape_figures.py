@@ -34,13 +34,14 @@ def planes(axes: Sequence[Sequence[float]], losses: Mapping[str, np.ndarray], ca
     high = max(float(values.max()) for values in shown.values())
     levels = np.geomspace(low, max(high, low * 1.01), 16)
     with rc_context(STYLE):
-        figure = Figure(figsize=(1.8 + 3.4 * len(shown), 3.9), layout="constrained")
+        figure = Figure(figsize=(1.4 + 3 * len(shown), 3.5), layout="constrained")
         panels = figure.subplots(1, len(shown), sharey=True, squeeze=False)[0]
         for panel, (title, values) in zip(panels, shown.items(), strict=True):
             filled = panel.contourf(*axes, values.T, levels=levels, norm=LogNorm(low, levels[-1]), cmap="viridis")
             panel.contour(*axes, values.T, levels=levels, colors="white", linewidths=0.4)
             panel.plot(0, 0, marker="+", color="white", ms=9)
             panel.set(title=title, xlabel="First direction", aspect="equal")
+            panel.locator_params(nbins=5)
             panel.grid(visible=False)
         panels[0].set_ylabel("Second direction")
         bar = figure.colorbar(filled, ax=list(panels), format="%.2g", ticks=levels[::3])

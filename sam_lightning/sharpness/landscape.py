@@ -107,7 +107,9 @@ def scan(
             losses, known = file["losses"], file["known"]
     todo = [point for point in np.ndindex(*losses.shape) if not known[point]]
     with objective_of(network, loss, batches, None, batch_norm, seed=0) as objective:
-        for point in tqdm(todo, desc=path.stem, unit="point", initial=losses.size - len(todo), total=losses.size):
+        for point in tqdm(
+            todo, desc=path.stem, unit="point", initial=losses.size - len(todo), total=losses.size, disable=None
+        ):
             steps = [axis[i] for axis, i in zip(axes, point, strict=True)]
             e = [
                 torch.stack([a * part for a, part in zip(steps, parts, strict=True)]).sum(0)
