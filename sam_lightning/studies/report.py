@@ -18,7 +18,8 @@ def outcomes(results: Results, equal_compute: bool) -> pd.DataFrame:
     """A row per run: `cell`, `seed`, `epochs`, `best`, `last`, `train_loss`.
 
     At full length, `best` and `last` are test accuracies. At equal compute every run is cut to the number of epochs
-    that costs as many gradients as the cheapest run of all: SAM, with two gradients a step, to its first half. Then
+    that costs as many gradients as the cheapest run of all: SAM, with two gradients a step, to its first half; a run
+    with a fraction of a gradient more per step to the last whole epoch before. Then
     `best` and `last` are accuracies on the set that was evaluated after every epoch; learning rate schedules are cut,
     not shortened.
 
@@ -29,9 +30,10 @@ def outcomes(results: Results, equal_compute: bool) -> pd.DataFrame:
     runs = results.runs
     if not equal_compute:
         return runs[["cell", "seed", "epochs", *_METRICS]]
-    cost = runs.gradients_per_step * runs.epochs
-    unit = math.lcm(*runs.gradients_per_step)  # whole epochs of every arm
-    return _by_epochs(results, cost.min() // unit * unit // runs.gradients_per_step)
+    gradients = runs.gradients_per_step
+    unit = math.lcm(*(int(n) for n in gradients if n == int(n)))  # whole epochs of every arm with one or two a step
+    budget = int((gradients * runs.epochs).min()) // unit * unit
+    return _by_epochs(results, (budget / gradients + 1e-9).astype(int))
 
 
 def validated(results: Results) -> pd.DataFrame:

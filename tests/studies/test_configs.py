@@ -151,9 +151,18 @@ def test_every_arm_on_digits_trains(name):
     for run in {run.cell.arm: run for run in runs_of(study)}.values():
         cli = main([*run.words, *QUICK])
         rho = cli.trainer.optimizers[0].param_groups[0].get("rho")
-        assert rho == dict(run.cell.point).get(
-            "model.optimizer.rho", {"SGD": None, "SAM": 0.05, "ASAM": 0.5}[run.cell.arm]
-        )
+        settings = {**study.arms[run.cell.arm].set, **dict(run.cell.point)}
+        assert rho == settings.get("model.optimizer.rho", {"SGD": None, "SAM": 0.05, "ASAM": 0.5}[run.cell.arm])
+        assert cli.datamodule.label_noise == 0.4
+
+
+def test_the_quickstarts_radii_are_chosen_elsewhere():
+    quickstart, rho = (load(str(ROOT / f"configs/studies/{name}.yaml")) for name in ("quickstart", "rho"))
+    assert quickstart.layers == rho.layers
+    assert not set(quickstart.seeds) & set(rho.seeds)
+    for arm in ("SAM", "ASAM"):
+        assert quickstart.arms[arm].set["model.optimizer.rho"] in rho.grid_of(arm)["model.optimizer.rho"]
+        assert quickstart.arms[arm].optimizer == rho.arms[arm].optimizer
 
 
 def test_base_has_no_optimizer():

@@ -79,6 +79,20 @@ def test_equal_compute_is_equal_for_odd_lengths_too(study, results, epochs, kept
     assert dict(zip(found.gradients_per_step, found.epochs, strict=True)) == kept
 
 
+def test_equal_compute_of_a_fraction_of_a_gradient_ends_with_the_last_whole_epoch_before():
+    runs = pd.DataFrame(
+        [
+            {"cell": cell, "seed": 1, "epochs": 20, "gradients_per_step": gradients, "selected_on": "test"}
+            for cell, gradients in (("SGD", 1.0), ("SAM", 2.0), ("every 5", 1.2), ("every 10", 1.1))
+        ]
+    )
+    epochs = runs[["cell", "seed"]].merge(
+        pd.DataFrame({"epoch": range(1, 21), "accuracy": 0.5, "train_loss": 1.0}), "cross"
+    )
+    cut = outcomes(Results(runs, epochs, pd.DataFrame()), equal_compute=True)
+    assert dict(zip(cut.cell, cut.epochs, strict=True)) == {"SGD": 20, "SAM": 10, "every 5": 16, "every 10": 18}
+
+
 def test_differences_are_paired_by_seed(study, results):
     found = row(differences(study, outcomes(results, equal_compute=False)), "SAM, batch size 32", epoch="last")
     values = [100 * (ACCURACIES[seed][-1] - SGD_LAST[seed]) for seed in (1, 2)]

@@ -21,7 +21,7 @@ from study_files import FOLDER, ROOT, SMALL, written
         ("b", 18, {20, 30, 40}),
         ("c", 8, {1, 2, 3}),
         ("quickstart", 9, {1, 2, 3}),
-        ("rho", 42, None),
+        ("rho", 33, None),
         ("corrected", 15, {1, 2, 3}),
     ],
 )
@@ -200,7 +200,7 @@ def test_a_dry_run_prints_commands_and_writes_nothing(tmp_path, capsys, monkeypa
             "small.yaml --trainer.max_epochs 2 (settings",
         ),
         (["report", "PATH", "--results", "empty"], "no results in empty"),
-        ([], "required"),
+        ([], "study needs a command"),
     ],
 )
 def test_commands_that_cannot_be_meant(tmp_path, capsys, monkeypatch, words, message):

@@ -1,0 +1,118 @@
+"""What the studies came to, as Markdown, from the CSV files in `results`."""
+
+from pathlib import Path
+
+import pandas as pd
+
+from sam_lightning.studies import sharpness
+from sam_lightning.studies.conclusions import conclusions
+from sam_lightning.studies.report import differences, outcomes, published, summary
+from sam_lightning.studies.results import read
+from sam_lightning.studies.spec import load
+
+HERE = Path(__file__).resolve().parent
+STUDIES = HERE.parent / "configs/studies"
+# The paper's studies: name, folder in results/, study.
+PAPER = [("A", "a", "a"), ("B", "b-64", "b"), ("C", "c", "c"), ("corrected", "corrected", "corrected")]
+
+
+def quickstart_section() -> str:
+    """A row per arm with accuracies at full length and at equal compute, and what follows in words."""
+    study, results = load(str(STUDIES / "quickstart.yaml")), read(HERE / "results/quickstart")
+    full, cut = (summary(study, outcomes(results, equal_compute)).set_index("cell") for equal_compute in (False, True))
+    rows = [
+        {
+            "": arm,
+            f"last of {full.epochs.max()} epochs": spread(row["last"], row.last_sd, 1),
+            "best epoch": spread(row.best, row.best_sd, 1),
+            "at equal compute": f"{spread(cut.loc[arm, 'last'], cut.loc[arm].last_sd, 1)} (epoch {cut.epochs[arm]})",
+            "training loss": spread(row.train_loss, row.train_loss_sd, 2),
+        }
+        for arm, row in full.iterrows()
+    ]
+    table = pd.DataFrame(rows).to_markdown(index=False, disable_numparse=True)
+    words = "\n".join(f"- {sentence}" for sentence in conclusions(study, results))
+    about = f"Test accuracy (%), mean ± standard deviation over {full.n.max()} seeds; the test set itself names the best epoch"
+    return f"{table}\n\n{words}\n\n{about}. {conditions(results.runs.assign(study='')).removeprefix(': ')}."
+
+
+def results_section() -> str:
+    """The paper's studies: a row per arm, each arm's gain over the baseline, and the conditions of all runs."""
+    rows, margins, runs = [], [], []
+    for name, folder, file in PAPER:
+        study = load(str(STUDIES / f"{file}.yaml"))
+        results = read(HERE / "results" / folder)
+        runs.append(results.runs.assign(study=name))
+        tested_every_epoch = set(results.runs.selected_on) == {"test"}
+        chosen = "last" if tested_every_epoch else "best"
+        full = outcomes(results, equal_compute=False)
+        for _, row in summary(study, full).iterrows():
+            theirs = published(study, next(c for c in study.cells() if c.label == row.cell), int(row.epochs))
+            rows.append(
+                {
+                    "study": name,
+                    "arm": row.cell,
+                    "epochs": int(row.epochs),
+                    "n": int(row.n),
+                    "test accuracy (%)": spread(row[chosen], row[f"{chosen}_sd"], 2),
+                    "authors' accuracy": f"{theirs[chosen]:.2f}" if theirs else "",
+                    "training loss": spread(row.train_loss, row.train_loss_sd, 3),
+                    "authors' loss": f"{theirs['train_loss']:.3f}" if theirs else "",
+                }
+            )
+        margins += margins_of(name, study, full, chosen)
+        if tested_every_epoch and results.runs.gradients_per_step.nunique() > 1:
+            margins += margins_of(name, study, outcomes(results, equal_compute=True), chosen)
+    table = pd.DataFrame(rows).to_markdown(index=False, disable_numparse=True)
+    about = (
+        "Accuracy at the last epoch (corrected: at the one that the validation split chose), mean ± standard deviation "
+        "over seeds, [95 % by Student's t over pairs of one seed]."
+    )
+    return "\n".join([table, "", *margins, "", f"{about} {conditions(pd.concat(runs))}."])
+
+
+def margins_of(name, study, outcome, chosen):
+    """Each arm's accuracy at the chosen epoch minus the baseline's, ours and the authors'."""
+    cells = {cell.label: cell for cell in study.cells()}
+    epochs = outcome.groupby("cell").epochs.min()
+    pairs = differences(study, outcome)
+    for _, pair in (pairs[pairs.epoch == chosen] if len(pairs) else pairs).iterrows():
+        both = [published(study, cells[label], int(epochs[label])) for label in (pair.cell, pair.baseline)]
+        theirs = f"; authors: {both[0][chosen] - both[1][chosen]:+.2f}" if all(both) else ""
+        interval = f" [{pair.low:+.2f}, {pair.high:+.2f}]" if pair.n > 1 else ""
+        ours, base = (epochs[label] for label in (pair.cell, pair.baseline))
+        how = f"equal epochs ({ours})" if ours == base else f"equal compute ({ours} and {base} epochs)"
+        gain = f"{pair['mean']:+.2f}{interval} points, n = {pair.n}{theirs}"
+        yield f"- {name}, {how}: {pair.cell} - {pair.baseline}: {gain}"
+
+
+def spread(mean: float, deviation: float, digits: int) -> str:
+    return f"{mean:.{digits}f}" + (f" ± {deviation:.{digits}f}" if deviation == deviation else "")
+
+
+def conditions(runs: pd.DataFrame) -> str:
+    """Precision, hardware, versions and commit."""
+    columns = ["device", "threads", "precision", "torch", "lightning", "commit"]
+    said = []
+    for values, group in runs.groupby(columns, sort=False):
+        device, threads, precision, torch, lightning, commit = values
+        studies = ", ".join(group.study.unique())
+        on = "one thread" if threads == 1 else f"{threads} threads"
+        versions = f"torch {torch}, lightning {lightning}, commit {commit}"
+        said.append(f"{studies}: {len(group)} runs on {on} of {device}, {precision}, {versions}")
+    return "; ".join(said)
+
+
+def sharpness_section() -> str:
+    """Sharpness by arm, and what it says of accuracy."""
+    results = read(HERE / "results/sharpness")
+    numbers = sharpness.summary(results.sharpness, list(results.runs.cell.unique()))
+    ranks = sharpness.correlations(results.sharpness, results.runs)
+    tied = ranks[(ranks.low > 0) | (ranks.high < 0)].measure
+    about = (
+        "At the end of training, mean ± standard deviation over seeds. Spearman's rank correlation with the test "
+        f"accuracy of these {len(results.runs)} runs has a 95 % interval without 0 for {len(tied)} of {len(ranks)} "
+        f"measures ({ranks.correlation.min():+.2f} to {ranks.correlation.max():+.2f})."
+    )
+    table = sharpness.as_text(numbers).to_markdown(index=False, disable_numparse=True)
+    return "\n".join([table, "", f"{about} {conditions(results.runs.assign(study='digits'))}."])
