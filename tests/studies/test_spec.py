@@ -21,7 +21,7 @@ from study_files import FOLDER, ROOT, SMALL, written
         ("b", 18, {20, 30, 40}),
         ("c", 8, {1, 2, 3}),
         ("quickstart", 9, {1, 2, 3}),
-        ("rho", 33, None),
+        ("rho", 33, {101, 102, 103}),
         ("corrected", 15, {1, 2, 3}),
     ],
 )
@@ -29,7 +29,7 @@ def test_the_studies_name_their_runs(name, count, seeds):
     study = load(str(FOLDER / f"{name}.yaml"))
     runs = runs_of(study)
     assert len(runs) == len({run.name for run in runs}) == count
-    assert {run.seed for run in runs} == (seeds or {1, 2, 3})
+    assert {run.seed for run in runs} == seeds
     assert [run.seed for run in runs] == sorted(run.seed for run in runs)
     with_norm = [run for run in runs if "BatchNorm" in run.cell.arm]
     assert len(with_norm) == (2 if name == "c" else 0)
