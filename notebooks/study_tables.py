@@ -33,8 +33,8 @@ def quickstart_section() -> str:
     table = pd.DataFrame(rows).to_markdown(index=False, disable_numparse=True)
     words = "\n".join(f"- {sentence}" for sentence in conclusions(study, results))
     about = (
-        f"Test accuracy (%), mean ± standard deviation over {full.n.max()} seeds; the best epoch is the test set's choice. "
-        f"{conditions(results.runs.assign(study='')).removeprefix(': ')}."
+        f"Test accuracy (%), mean ± standard deviation over {full.n.max()} seeds; the best epoch is the test set's "
+        f"choice. {conditions(results.runs.assign(study='')).removeprefix(': ')}."
     )
     return f"{table}\n\n{words}\n\n{about}"
 
