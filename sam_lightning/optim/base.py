@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Iterable
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 
 from sam_lightning.optim.gradients import Marks
 from sam_lightning.optim.groups import BaseOptimizer, Params, check_radius
+from sam_lightning.optim.passes import Losses, run_passes
 from sam_lightning.optim.perturbation import Perturbation
 from sam_lightning.optim.transient import Transient
 
@@ -82,6 +83,41 @@ class SharpnessAware(Perturbation):
             raise TypeError(f"{cls.__name__}.around takes a torch optimizer, got {type(optimizer).__name__}.")
         named = names.named_parameters() if isinstance(names, nn.Module) else names or ()
         return cls(list(named), lambda _: optimizer, **options)
+
+    def passes(
+        self,
+        losses: Losses,
+        *,
+        model: nn.Module | None = None,
+        backward: Callable[[Tensor], object] | None = None,
+        scaler: torch.amp.GradScaler | None = None,
+        second_pass: Literal["replay", "fresh"] = "replay",
+    ) -> Tensor:
+        """All passes of one step, with micro-batches, loss scaling and normalisation layers right.
+
+            def losses():  # runs once for each pass
+                for x, y in micro_batches:
+                    yield loss_fn(model(x), y) / len(micro_batches)
+
+            loss = optimizer.passes(losses, model=model)
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+
+        Clears the gradients first, and leaves in them what descends. The second pass draws the random numbers of the
+        first, and of `model` keeps what the first one left: running statistics and other buffers, metrics, counters.
+
+        Args:
+            losses: Gives the loss, or yields the losses of micro-batches, whose sum is the loss; called in each pass.
+            model: What the losses run through; without it buffers are changed by both passes.
+            backward: Runs the backward pass of a loss, such as `accelerator.backward`; by default `loss.backward()`.
+            scaler: Scales the losses; an overflow in either pass then has `scaler.step(optimizer)` skip the step. If
+                `backward` scales, it must be the scaler that `backward` uses.
+            second_pass: `fresh` draws new random numbers in the second pass.
+
+        Returns:
+            The loss at w, 0-dimensional (at w + e of methods with one pass).
+        """
+        return run_passes(self, losses, backward, model, scaler, second_pass)
 
     def step(self, closure: Callable[[], float] | None = None) -> Any:
         """Descends: the base optimizer's step at w, with the gradients that are there.

@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 
 @dataclass(frozen=True)
@@ -115,3 +115,22 @@ def _follow_lr(lowest: float, progress: Progress) -> float:
     if not progress.initial_lr > 0:
         raise ValueError(f"initial_lr must be > 0, got {progress.initial_lr!r}.")
     return lowest + (1 - lowest) * progress.lr / progress.initial_lr
+
+
+def follow_schedule(optimizer: Any, schedule: RadiusSchedule, step: int, total_steps: float) -> None:
+    """Sets every group's radius to its own times the schedule's factor.
+
+    A group's own radius is kept in it as `initial_rho`, as learning rate schedulers keep `initial_lr`: a resumed run
+    finds it in the checkpoint.
+
+    Args:
+        optimizer: A sharpness-aware optimizer.
+        schedule: Gives the factor, at least 0.
+        step: Steps taken.
+        total_steps: Steps of the whole training.
+    """
+    for group in optimizer.param_groups:
+        own = group.setdefault("initial_rho", optimizer.radius(group))
+        lr = float(group.get("lr", 1.0))
+        progress = Progress(step, total_steps, lr, float(group.get("initial_lr", lr)))
+        group[optimizer.radius_key] = own * schedule(progress)

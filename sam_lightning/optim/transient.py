@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from sam_lightning.optim.blend import Blend
+from sam_lightning.optim.replay import Replay
 from sam_lightning.optim.shards import local_parts
 
 
@@ -49,6 +50,7 @@ class Transient:
         loss_scale: What the gradients of this step are multiplied by.
         blend: The mixture of both gradients that is under way, if it is one.
         both: Parameters with a gradient in both passes, and what `descent` left in the copies of the first one.
+        replay: What makes the second pass the same function as the first, for `passes`, and for which model.
         weights: Memory for the weights at w.
         gradients: Memory for the gradients at w.
     """
@@ -59,5 +61,6 @@ class Transient:
     loss_scale: float | Tensor = 1.0
     blend: Blend | None = None
     both: tuple[list[Tensor], list[Tensor]] | None = None
+    replay: tuple[tuple[int, str], Replay] | None = None
     weights: Copies = field(default_factory=Copies)
     gradients: Copies = field(default_factory=Copies)

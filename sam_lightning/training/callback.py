@@ -1,12 +1,14 @@
 """Sharpness-aware training of a LightningModule that knows nothing of it."""
 
+import math
 import sys
 from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
-from sam_lightning.optim import SharpnessAware
+from sam_lightning.optim import RadiusSchedule, SharpnessAware
+from sam_lightning.optim.radius import follow_schedule
 from sam_lightning.optim.replay import Replay
 from sam_lightning.training.divergence import refuse_diverged
 from sam_lightning.training.logs import StepLogs
@@ -47,6 +49,8 @@ class SharpnessAwareTraining(Callback):
         batch_norm_stats: The passes that update running statistics: the first only, or both.
         micro_batches: Number of parts that each batch is cut into, to save memory, with one perturbation for all.
             Normalisation layers see the parts.
+        radius: A schedule, such as `sam_lightning.optim.late(0.9)`: before each step every group's rho is its own times
+            what the schedule makes of the training's progress.
         options: The method's other options, such as `every=5` or ASAM's `eta`.
 
     Raises:
@@ -74,6 +78,7 @@ class SharpnessAwareTraining(Callback):
         sync_perturbation: bool = False,
         batch_norm_stats: Literal["first", "both"] = "first",
         micro_batches: int = 1,
+        radius: RadiusSchedule | None = None,
         **options: Any,
     ) -> None:
         for name, value, allowed in (
@@ -88,6 +93,7 @@ class SharpnessAwareTraining(Callback):
         self.sync_perturbation = sync_perturbation
         self.batch_norm_stats = batch_norm_stats
         self.micro_batches = micro_batches
+        self.radius = radius
         self.m_sharpness: int | None = None
         self._method = maker_of(method)
         self._options = options if rho is None else {"rho": rho, **options}
@@ -124,6 +130,7 @@ class SharpnessAwareTraining(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Takes over the step, when every other callback has seen the module as it is."""
         optimizer = trainer.optimizers[0]
+        self._total_steps = trainer.estimated_stepping_batches if self.radius is not None else math.inf
         replay = Replay(
             pl_module, lambda: trained_weights(trainer), self.second_pass == "replay", self.batch_norm_stats == "first"
         )
@@ -158,10 +165,12 @@ class SharpnessAwareTraining(Callback):
         return StepResult() if self._step is None else self._step.result
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Notes m, of the first batch: an incomplete last one has fewer samples."""
+        """Sets the step's radius; notes m, of the first batch: an incomplete last one has fewer samples."""
         optimizer = trainer.optimizers[0]
         if not isinstance(optimizer, SharpnessAware):
             return
+        if self.radius is not None:
+            follow_schedule(optimizer, self.radius, trainer.global_step, self._total_steps)
         samples = common_length(batch)
         if self.m_sharpness is None and samples is not None and optimizer.needs_first_gradient:
             self.m_sharpness = samples * (data_parallel_size(trainer) if self.sync_perturbation else 1)

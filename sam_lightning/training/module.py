@@ -8,7 +8,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from sam_lightning.optim import Params
+from sam_lightning.optim import Params, RadiusSchedule
 from sam_lightning.training.callback import SharpnessAwareTraining
 from sam_lightning.training.methods import Method
 from sam_lightning.training.sharding import shard
@@ -42,7 +42,7 @@ class SharpnessAwareModule(LightningModule):
     that one: plainly, if it is plain.
 
     Class attributes, each of which an argument or an instance's attribute may override, are `method`, `rho`,
-    `second_pass`, `sync_perturbation`, `batch_norm_stats` and `micro_batches`: the options of
+    `second_pass`, `sync_perturbation`, `batch_norm_stats`, `micro_batches` and `radius`: the options of
     `SharpnessAwareTraining`.
 
     Args:
@@ -62,6 +62,7 @@ class SharpnessAwareModule(LightningModule):
     sync_perturbation: bool = False
     batch_norm_stats: Literal["first", "both"] = "first"
     micro_batches: int = 1
+    radius: ClassVar[RadiusSchedule | None] = None
 
     def __init__(
         self,
@@ -114,6 +115,7 @@ class SharpnessAwareModule(LightningModule):
             sync_perturbation=self.sync_perturbation,
             batch_norm_stats=self.batch_norm_stats,
             micro_batches=self.micro_batches,
+            radius=type(self).radius,
         )
 
     # Set by the Trainer before any hook is called: no hook that a subclass overrides could switch the steps off unseen.
