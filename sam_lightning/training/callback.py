@@ -1,6 +1,5 @@
 """Sharpness-aware training of a LightningModule that knows nothing of it."""
 
-import math
 import sys
 from typing import Any, Literal
 
@@ -33,9 +32,6 @@ class SharpnessAwareTraining(Callback):
     Every `log_every_n_steps` steps it logs `train/loss` (first pass), `train/loss_perturbed` (second pass),
     `train/grad_norm` (||g|| at w, before clipping) and `lr`, and per epoch `train/loss_epoch`, the mean over batches of
     the first pass's loss; names that the module logs itself are the module's.
-
-    `Tuner.lr_find` and `Tuner.scale_batch_size` set all callbacks aside, this one too, and so search with plain steps;
-    `SharpnessAwareModule` searches with sharp ones.
 
     Args:
         method: A class of `sam_lightning`, its name, or a function from an optimizer's parameters to one; it is put
@@ -119,6 +115,9 @@ class SharpnessAwareTraining(Callback):
                 "of a SAM optimizer that its configure_optimizers makes; remove SharpnessAwareTraining."
             )
         refuse_strategy(trainer)
+        # First of all callbacks: one that searches for a learning rate or a batch size trains in its `on_fit_start`.
+        trainer.callbacks.remove(self)  # type: ignore[attr-defined]
+        trainer.callbacks.insert(0, self)  # type: ignore[attr-defined]
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Puts the method around the module's optimizer, and two passes in the place of one."""
@@ -126,19 +125,14 @@ class SharpnessAwareTraining(Callback):
         self.m_sharpness = None
         refuse_options(trainer, pl_module, optimizer, self.sync_perturbation, self.micro_batches)
         self._hooks = [pl_module.register_state_dict_pre_hook(self._refuse_perturbed)]  # type: ignore[no-untyped-call]
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Takes over the step, when every other callback has seen the module as it is."""
-        optimizer = trainer.optimizers[0]
-        self._total_steps = trainer.estimated_stepping_batches if self.radius is not None else math.inf
-        replay = Replay(
-            pl_module, lambda: trained_weights(trainer), self.second_pass == "replay", self.batch_norm_stats == "first"
-        )
         self._logs = StepLogs(trainer, pl_module)
-        self._replay = replay
-        self._step = SharpStep(
-            trainer, pl_module, optimizer, replay, self._logs, self.micro_batches, self.sync_perturbation
+        self._replay = Replay(
+            pl_module,
+            lambda: trained_weights(trainer),
+            same_random_numbers=self.second_pass == "replay",
+            running_stats=self.batch_norm_stats == "first",
         )
+        self._step = SharpStep(trainer, pl_module, self._replay, self._logs, self.micro_batches, self.sync_perturbation)
 
     def _refuse_perturbed(self, *args: Any) -> None:
         """Whatever would save the weights, checkpoints first of all, asks for the module's `state_dict`."""
@@ -170,7 +164,7 @@ class SharpnessAwareTraining(Callback):
         if not isinstance(optimizer, SharpnessAware):
             return
         if self.radius is not None:
-            follow_schedule(optimizer, self.radius, trainer.global_step, self._total_steps)
+            follow_schedule(optimizer, self.radius, trainer.global_step, trainer.estimated_stepping_batches)
         samples = common_length(batch)
         if self.m_sharpness is None and samples is not None and optimizer.needs_first_gradient:
             self.m_sharpness = samples * (data_parallel_size(trainer) if self.sync_perturbation else 1)

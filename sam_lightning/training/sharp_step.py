@@ -37,9 +37,8 @@ class SharpStep:
     by two passes with an ascent in between, whose outcome is the gradient that descends. All else is Lightning's.
 
     Args:
-        trainer: The trainer, whose optimizer has been made.
+        trainer: The trainer; with a plain optimizer it takes plain steps, in micro-batches if asked for.
         module: What it trains.
-        optimizer: The optimizer; a plain one takes plain steps, in micro-batches if asked for.
         replay: Makes the second pass the same function as the first.
         logs: The module's `log`.
         micro_batches: Number of parts that each batch is cut into.
@@ -50,7 +49,6 @@ class SharpStep:
         self,
         trainer: Trainer,
         module: LightningModule,
-        optimizer: Optimizer,
         replay: Replay,
         logs: StepLogs,
         micro_batches: int,
@@ -62,7 +60,6 @@ class SharpStep:
         self.is_second_pass = False
         self._trainer = trainer
         self._module = module
-        self._optimizer = optimizer
         self._replay = replay
         self._logs = logs
         self._micro_batches = micro_batches
@@ -77,11 +74,15 @@ class SharpStep:
 
     def _make_closure(self, kwargs: dict[str, Any], optimizer: Optimizer, batch_idx: int) -> Any:
         closure = self._make_plain_closure(kwargs, optimizer, batch_idx)  # type: ignore[arg-type]
-        if (
-            closure._backward_fn is not None
-        ):  # without it Lightning only wants the forward pass, as for averaged weights
+        if closure._backward_fn is not None:  # else Lightning wants the forward pass only, as for averaged weights
             closure.closure = partial(self._run, kwargs, closure)  # type: ignore[method-assign]
+        else:  # and takes a step all the same, which must find no gradient of an earlier batch
+            closure._zero_grad_fn = optimizer.zero_grad
         return closure
+
+    @property
+    def _optimizer(self) -> Optimizer:
+        return self._trainer.optimizers[0]
 
     @torch.enable_grad()
     def _run(self, kwargs: dict[str, Any], closure: Any) -> Any:
