@@ -18,7 +18,7 @@ from sam_lightning.callbacks import EpochHistory, HyperparameterPage, LastCheckp
 from sam_lightning.cli.measuring import MeasuringTrainer
 from sam_lightning.cli.memory import keep_freed_memory
 from sam_lightning.cli.messages import SettingsError, explain, is_from_users_code
-from sam_lightning.cli.objects import refuse_objects, with_class_paths
+from sam_lightning.cli.objects import refuse_objects, without_partials
 from sam_lightning.cli.outcome import print_outcome, save_predictions, say_how_to_go_on
 from sam_lightning.cli.parsing import parse
 from sam_lightning.cli.run_files import RunFiles, compare_with_checkpoint
@@ -77,9 +77,10 @@ class CLI(LightningCLI):
             config.trainer.default_root_dir = str(Path("runs") / run_name(config))
         self.run = Path(config.trainer.default_root_dir)
         self._replaced: list[Path] = []  # files of an earlier run
-        for key in ("model", "data"):
-            config[key] = with_class_paths(config[key])
-        self._dump_config()
+        self.config[self.subcommand] = config = without_partials(config, self._parser(self.subcommand))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=r"\s*Unable to serialize")  # refused in the next line
+            self._dump_config()
         refuse_objects(self.config_dump)
         if config.ckpt_path:
             path = find_checkpoint(self.run, config.ckpt_path)
@@ -177,6 +178,8 @@ def main(args: list[str] | None = None, callbacks: Iterable[Callback] = ()) -> C
     """
     # Lightning 2.6 under newer torch: nothing a user could act on.
     warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\)", category=FutureWarning)
+    # RunFiles and `replaceable` have seen to what lies there.
+    warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_advertisement)
     keep_freed_memory()
     try:

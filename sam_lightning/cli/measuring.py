@@ -153,9 +153,10 @@ class MeasuringTrainer(Trainer):
         self.strategy.connect(model)
         model.trainer = datamodule.trainer = self
         self.datamodule = datamodule  # as Lightning sets it in its own commands
+        datamodule.prepare_data()
+        datamodule.setup("fit")
+        model.setup("fit")
         model.configure_model()
         model.load_state_dict(read_checkpoint(Path(str(ckpt_path)))["state_dict"])
         model.to(self.strategy.root_device)
-        datamodule.prepare_data()
-        datamodule.setup("fit")
         return training_sample(self, samples, seed)

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from jsonargparse import Namespace
+from jsonargparse import ArgumentParser, Namespace
 
 from sam_lightning.cli.messages import SettingsError
 from sam_lightning.runs.settings import flatten
@@ -12,12 +12,17 @@ from sam_lightning.runs.settings import flatten
 _NOT_WRITABLE = "Unable to serialize instance"  # what jsonargparse writes instead
 
 
-def with_class_paths(value: Any) -> Any:
-    """A configuration in which each `partial` of a class is written as its `class_path` and `init_args`."""
+def without_partials(config: Namespace, parser: ArgumentParser) -> Namespace:
+    """The configuration, in which each `partial` of a class is written as its `class_path` and `init_args`."""
+    tree = _as_class_paths(config)
+    return config if tree == config else parser.parse_object(tree)  # which adds the classes' other defaults
+
+
+def _as_class_paths(value: Any) -> Any:
     if isinstance(value, Namespace):
-        return _namespace({key: with_class_paths(entry) for key, entry in vars(value).items()})
+        return _namespace({key: _as_class_paths(entry) for key, entry in vars(value).items()})
     if isinstance(value, partial) and isinstance(value.func, type) and not value.args:
-        arguments = {key: with_class_paths(entry) for key, entry in value.keywords.items()}
+        arguments = {key: _as_class_paths(entry) for key, entry in value.keywords.items()}
         path = f"{value.func.__module__}.{value.func.__qualname__}"
         return _namespace({"class_path": path, "init_args": _namespace(arguments)})
     return value
@@ -36,6 +41,6 @@ def refuse_objects(config: Mapping[str, Any]) -> None:
     for key, value in flatten(config):
         if isinstance(value, str) and value.startswith(_NOT_WRITABLE):
             raise SettingsError(
-                f"--{key}: the default is a Python object that the run's config.yaml cannot hold. Give the option, "
-                "as a class path or a file."
+                f"--{key.replace('.init_args', '')}: the default is a Python object that the run's config.yaml cannot "
+                "hold. Give the option, as a class path or a file."
             )

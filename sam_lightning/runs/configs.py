@@ -57,11 +57,11 @@ def no_such_file(name: str) -> str:
 
 def as_typed(path: Path) -> str:
     """A short word that means this file here: for a packaged one its name, unless a local file has that name."""
-    relative = os.path.relpath(path)
-    if not relative.startswith("..") or not path.resolve().is_relative_to(folder().resolve()):
+    relative, whole = os.path.relpath(path), path.resolve()
+    if not relative.startswith("..") or not whole.is_relative_to(folder().resolve()):
         return relative
-    name = path.resolve().relative_to(folder().resolve()).as_posix()
-    return str(path) if Path(name).exists() else name
+    name = whole.relative_to(folder().resolve()).as_posix()
+    return str(whole) if Path(name).exists() else name
 
 
 def with_packaged_files(words: Sequence[str]) -> list[str]:

@@ -290,6 +290,22 @@ def test_resume_with_max_steps_is_exact(steps, limit):
     assert_same(state_of(again.model), state_of(straight.model))
 
 
+def test_an_epoch_that_is_cut_leaves_the_state_to_go_on_from():
+    """What `max_time` and an early stop between validations do."""
+    straight = fit("--trainer.default_root_dir", "straight", epochs=3)
+    cut = main([*WORDS, "--trainer.max_epochs", "3"], [EndsAt(6)])
+    assert cut.trainer.global_step == 6
+    assert read_checkpoint(RUN / "checkpoints/last.ckpt")["global_step"] == 4
+    resumed = main(["fit", "--ckpt_path", str(RUN)])
+    assert resumed.trainer.global_step == 12
+    assert_same(state_of(resumed.model), state_of(straight.model))
+
+
+def test_a_first_epoch_that_is_cut_is_kept():
+    main([*WORDS, "--trainer.max_epochs", "3"], [EndsAt(2)])
+    assert read_checkpoint(RUN / "checkpoints/last.ckpt")["global_step"] == 2
+
+
 def test_a_longer_max_steps_goes_on_from_an_epochs_end_and_from_nowhere_else(capsys):
     longer = ["--trainer.max_steps", "12", "--trainer.max_epochs", "-1"]
     straight = fit("--trainer.default_root_dir", "straight", *longer)
