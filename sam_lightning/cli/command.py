@@ -17,7 +17,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from sam_lightning.callbacks import EpochHistory, HyperparameterPage, LastCheckpoint, RandomStates
 from sam_lightning.cli.measuring import MeasuringTrainer
 from sam_lightning.cli.memory import keep_freed_memory
-from sam_lightning.cli.messages import SettingsError, explain, is_from_users_code
+from sam_lightning.cli.messages import SettingsError, explain, first_cause, is_from_users_code
 from sam_lightning.cli.objects import refuse_objects, without_partials
 from sam_lightning.cli.outcome import print_outcome, save_predictions, say_how_to_go_on
 from sam_lightning.cli.parsing import parse
@@ -93,9 +93,7 @@ class CLI(LightningCLI):
         """Builds model, data and trainer, and the optimizer once: its errors come before the data's load."""
         try:
             super().instantiate_classes()
-            # A module that makes its own may need the trainer, which it has only later.
-            is_made_by_factory = isinstance(self.model, SharpnessAwareModule) and self.model.makes_optimizer_by_factory
-            if self.subcommand == "fit" and is_made_by_factory and list(self.model.parameters()):
+            if self.subcommand == "fit" and self._can_make_optimizer():
                 self.model.configure_optimizers()
             if self.subcommand == "fit" and trains_plainly(self.model, self.trainer):
                 name = type(self.model).__name__
@@ -105,9 +103,10 @@ class CLI(LightningCLI):
                     file=sys.stderr,
                 )
         except (ValueError, MisconfigurationException) as error:
-            if is_from_users_code(error):
+            cause = first_cause(error)
+            if is_from_users_code(error) or not isinstance(cause, ValueError | MisconfigurationException):
                 raise
-            raise SettingsError(str(error)) from error
+            raise SettingsError(str(cause)) from error
         # Of every module, not only of those that think of it: the configuration, as primitives.
         self._dump_config()
         for key, module in (("model", self.model), ("data", self.datamodule)):
@@ -116,6 +115,15 @@ class CLI(LightningCLI):
                 hparams = {**hparams_of(self.config_dump[key]), **instantiator}
                 # Lightning's logger refuses two modules with an argument of one name; the model's suffice there.
                 module.save_hyperparameters(hparams, logger=key == "model")
+
+    def _can_make_optimizer(self) -> bool:
+        """Whether the optimizer can be made already: a module's own code may need the trainer, which it has later."""
+        return (
+            isinstance(self.model, SharpnessAwareModule)
+            and self.model.makes_optimizer_by_factory
+            and type(self.model).parameter_groups is SharpnessAwareModule.parameter_groups
+            and any(True for _ in self.model.parameters())
+        )
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Builds the trainer; logs and checkpoints go into the run directory unless another place is configured."""

@@ -36,11 +36,16 @@ _SAY_IT_THEMSELVES = (
 )
 
 
-def is_from_users_code(error: BaseException) -> bool:
-    """Whether the error's first cause was raised neither in this package nor in one that is installed."""
+def first_cause(error: BaseException) -> BaseException:
+    """What the error was at first; jsonargparse wraps what a class raises in pages of its own."""
     while (cause := error.__cause__ or error.__context__) is not None:
         error = cause
-    frames = traceback.extract_tb(error.__traceback__)
+    return error
+
+
+def is_from_users_code(error: BaseException) -> bool:
+    """Whether the error's first cause was raised neither in this package nor in one that is installed."""
+    frames = traceback.extract_tb(first_cause(error).__traceback__)
     folders = {
         str(Path(sam_lightning.__file__).parent),
         *(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")),

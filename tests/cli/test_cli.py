@@ -265,7 +265,7 @@ def test_checkpoints_hold_primitives_only():
 def test_bad_input_is_named(capsys, words, expected):
     said = fails(capsys, "fit", *BASE, "--model.optimizer", f"{ROOT}/configs/optimizers/sam.yaml", *QUICK, *words)
     assert expected in said
-    assert "Traceback" not in said
+    assert len(said.replace("Seed set to 1\n", "").splitlines()) <= 5
     assert not Path("runs").exists()
 
 

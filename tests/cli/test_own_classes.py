@@ -49,7 +49,7 @@ class Data(LightningDataModule):
 
 class Model(SharpnessAwareModule):
     def __init__(self, optimizer: OptimizerCallable):
-        super().__init__(optimizer)
+        super().__init__(optimizer=optimizer)
         self.network = nn.Linear(6, 1)
 
     def training_step(self, batch, batch_idx):
