@@ -25,8 +25,9 @@ def average_case_sharpness(
     r"""$E_{u \sim N(0, \sigma^2 I)}[L(w + T u)] - L(w)$, by draws of u and -u together.
 
     $\frac{1}{2}[L(w + T u) + L(w - T u)] - L(w)$ has the same mean, without the noise of the gradient's part. For
-    small σ it is half of σ² times the trace of the Hessian. It is linear in L: its mean over parts is the
-    whole's.
+    small σ it is half of σ² times the trace of the Hessian where the loss is smooth. Of a ReLU network it stays far
+    above that: noise moves inputs across the kinks, which the Hessian does not see. It is linear in L: the mean over
+    parts of the data is the value of the whole.
 
     Args:
         network: The network; its weights are its parameters with `requires_grad`.

@@ -25,8 +25,8 @@ def largest_eigenvalues(
 ) -> tuple[float, ...]:
     r"""The largest eigenvalues of the Hessian, $\lambda_1 \ge \lambda_2 \ge \dots$ of $T \, \nabla^2 L(w) \, T$.
 
-    Near a minimum $\max_{\|u\| \le \rho} L(w + T u) - L(w) \approx \rho^2 \lambda_1 / 2$. Largest means largest in
-    value, not in magnitude: a strongly negative eigenvalue is a way down and no sharpness.
+    At a minimum of a smooth loss, for small ρ, $\max_{\|u\| \le \rho} L(w + T u) - L(w) \approx \rho^2 \lambda_1 / 2$.
+    Largest means largest in value, not in magnitude: a strongly negative eigenvalue is a way down and no sharpness.
 
     Args:
         network: The network, whose P weights are its parameters with `requires_grad`.
@@ -36,7 +36,7 @@ def largest_eigenvalues(
         scale: Adaptive, or plain if None.
         m: Samples per part, for the mean of each eigenvalue over parts; `None`: the whole data.
         batch_norm: What normalisation layers use, see `undisturbed`.
-        tolerance: Relative accuracy at which the Lanczos iteration ends, in (0, 1).
+        tolerance: The iteration ends when an eigenvalue lies within this share of each value, in (0, 1).
         seed: Seed of the iteration's start.
 
     Returns:
@@ -44,7 +44,8 @@ def largest_eigenvalues(
 
     Raises:
         ValueError: If `count` or `tolerance` is outside what is allowed.
-        RuntimeError: If the Hessian is not finite, or the iteration does not converge.
+        RuntimeError: If the Hessian is not finite, torch differentiates the network wrongly, or the iteration does
+            not converge.
 
     Cost: about 20 to 60 products with the Hessian over all data, each as much as two gradients.
 
@@ -53,7 +54,8 @@ def largest_eigenvalues(
     curvature is not the loss that a ball around them reaches.
 
     Reference:
-        R. B. Lehoucq, D. C. Sorensen, C. Yang. ARPACK Users' Guide. 1998 (implicitly restarted Lanczos).
+        K. Wu, H. Simon. Thick-Restart Lanczos Method for Large Symmetric Eigenvalue Problems. SIAM Journal on Matrix
+        Analysis and Applications 22, 2000.
         Ghorbani, Krishnan, Xiao. An Investigation into Neural Net Optimization via Hessian Eigenvalue Density.
         ICML 2019. arXiv 1901.10159.
     """

@@ -45,7 +45,7 @@ class Hessian:
         """The product with (P,), over the data of all processes."""
         product = torch.zeros_like(u)
         for share, gradient in self.gradients():
-            product.add_(self.batch_product(gradient, u), alpha=share)
+            self.add_product(product, gradient, u, share)
         return self.objective.sum_over_processes([product])[0]
 
     def gradients(self) -> Iterator[tuple[float, Gradient]]:
@@ -60,22 +60,24 @@ class Hessian:
                 self._kept = gradient
             yield samples_in(batch) / objective.samples, gradient
 
-    def batch_product(self, gradient: Gradient, u: Tensor) -> Tensor:
-        """The product of one batch's Hessian with (P,)."""
+    def add_product(self, product: Tensor, gradient: Gradient, u: Tensor, share: float = 1.0) -> Tensor:
+        """Adds a share of the product of one batch's Hessian with u (P,) to `product` (P,), in place."""
         objective = self.objective
         curved = [i for i, part in enumerate(gradient) if part.requires_grad]  # others are constant: no curvature
         if not curved:
-            return torch.zeros_like(u)
-        parts = torch.split(u, [weight.numel() for weight in objective.weights])
-        v = [(t * part.view_as(t)).to(t.dtype) for t, part in zip(objective.T, parts, strict=True)]
-        product = torch.autograd.grad(
+            return product
+        sizes = [weight.numel() for weight in objective.weights]
+        v = [(t * part.view_as(t)).to(t.dtype) for t, part in zip(objective.T, torch.split(u, sizes), strict=True)]
+        parts = torch.autograd.grad(
             [gradient[i] for i in curved],
             objective.parameters,
             [torch.view_as_complex(v[i]) if gradient[i].is_complex() else v[i] for i in curved],
             retain_graph=True,
             materialize_grads=True,
         )
-        return torch.cat([(t * real(part)).flatten() for t, part in zip(objective.T, product, strict=True)])
+        for sum_, t, part in zip(torch.split(product, sizes), objective.T, parts, strict=True):
+            sum_.view_as(t).addcmul_(t, real(part), value=share)
+        return product
 
     def inner(self, vectors: Tensor, vector: Tensor) -> Tensor:
         """Inner products (K,); all processes get those of the first, so that all decide alike what to do next."""
@@ -99,8 +101,8 @@ class Hessian:
         a, b = self.normal(), self.normal()
         Ha, Hb = torch.zeros_like(a), torch.zeros_like(b)
         for share, gradient in self.gradients():
-            Ha.add_(self.batch_product(gradient, a), alpha=share)
-            Hb.add_(self.batch_product(gradient, b), alpha=share)
+            self.add_product(Ha, gradient, a, share)
+            self.add_product(Hb, gradient, b, share)
         self.objective.sum_over_processes([Ha, Hb])
         aHb, bHa, square = (float(self.inner(x[None], y)) for x, y in ((a, Hb), (b, Ha), (Ha, Ha)))
         if not all(map(isfinite, (aHb, bHa, square))):

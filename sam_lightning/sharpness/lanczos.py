@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-_CHUNK = 2**16  # entries that are added up in single precision; over 1e7 and more it loses digits
+_CHUNK = 2**14  # entries added up in single precision, which over 1e7 loses up to 1 %
 _MOST_PRODUCTS = 1000
 
 
@@ -49,6 +49,7 @@ def largest(
     size = min(2 * count + 6, len(start))
     q = start.new_empty(size + 1, len(start))
     q[0] = start / inner(start[None], start).sqrt()
+    del start  # memory
     A = torch.zeros(size, size, dtype=torch.float64)
     generator = torch.Generator().manual_seed(0)
     kept = products = 0
@@ -73,7 +74,7 @@ def largest(
             if j + 1 >= count and is_found:
                 return [float(value) for value in values[:count]]
             if is_invariant:
-                other = torch.randn(len(start), generator=generator, dtype=start.dtype).to(start.device)
+                other = torch.randn(q.shape[1], generator=generator, dtype=q.dtype).to(q.device)
                 _orthogonalise(q[: j + 1], other, q[j + 1], inner)
         kept = count + (size - count) // 2
         rotation = s[:, :kept].T.to(q)

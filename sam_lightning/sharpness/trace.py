@@ -24,8 +24,9 @@ def hessian_trace(
 ) -> Estimate:
     r"""The trace of the Hessian, $\mathrm{tr}(T \, \nabla^2 L(w) \, T) = E[v^\top T \, \nabla^2 L(w) \, T v]$.
 
-    With v of independent signs, $E[v v^\top] = I$. The sum of all eigenvalues; for small σ, half of σ² times it is
-    the average-case sharpness. It is linear in L, so its mean over parts of any size m is the trace of the whole.
+    With v of independent signs, $E[v v^\top] = I$. It is the sum of all eigenvalues. Where the loss is smooth, half
+    of σ² times it is the average-case sharpness for small σ. It is linear in L: the mean over parts of the data is
+    the trace of the whole.
 
     Args:
         network: The network; its weights are its parameters with `requires_grad`.
@@ -41,8 +42,9 @@ def hessian_trace(
 
     Raises:
         ValueError: If `draws` is less than 2.
+        RuntimeError: If the Hessian is not finite, or torch differentiates the network wrongly.
 
-    Cost: as many products with the Hessian over all data as draws, each as much as two gradients.
+    Cost: one gradient over all data, and as many products with the Hessian as draws.
 
     What it does not tell: which directions are sharp, and negative eigenvalues cancel positive ones; the plain trace
     changes when layers of a ReLU network are rescaled.
@@ -60,5 +62,5 @@ def hessian_trace(
             hessian.generator.set_state(state)  # the same v for every batch, without keeping them
             for k in range(draws):
                 v = hessian.signs()
-                forms[k] += share * inner(v[None], hessian.batch_product(gradient, v))[0]
+                forms[k] += share * inner(v[None], hessian.add_product(torch.zeros_like(v), gradient, v))[0]
         return Estimate.of(hessian.objective.sum_over_processes([forms])[0].tolist())

@@ -17,6 +17,7 @@ from torch.nn.functional import cross_entropy
 import oracles
 from cases import Quadratic, Rescaled
 from classifier import SAMPLES, Classifier, batches, data
+from measures import MEASURES
 from regression import state_of
 from sam_lightning import ASAM, SAM
 from sam_lightning.sharpness import (
@@ -36,13 +37,6 @@ from sam_lightning.sharpness.objective import Objective
 
 SCALES = [None, Adaptive(), Adaptive(eta=0.01, normalize_bias=False)]
 AUTHORS = SCALES[2]
-MEASURES = {
-    "eigenvalue": lambda *what, **options: largest_eigenvalues(*what, tolerance=1e-9, **options)[0],
-    "trace": lambda *what, **options: hessian_trace(*what, draws=3, **options).mean,
-    "one step": partial(worst_case_sharpness, rho=0.1),
-    "worst case": partial(worst_case_sharpness, rho=0.1, steps=5),
-    "average case": lambda *what, **options: average_case_sharpness(*what, sigma=0.1, draws=3, **options).mean,
-}
 IN_PARTS = ["eigenvalue", "one step", "worst case"]
 
 
