@@ -1,5 +1,6 @@
 """The loss that is measured: its value and its gradient over all data, in the scale's coordinates."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, distributed, nn
 
+from sam_lightning.runs.threads import threads_for
 from sam_lightning.sharpness.adaptive import Adaptive, real, units
 from sam_lightning.sharpness.batches import HALF, samples_in, split, to_device, to_single_precision
 from sam_lightning.sharpness.preserved_state import BatchNorm, preserved_state
@@ -150,7 +152,20 @@ def objective_of(
         kept = [to_device(batch, T[0].device) for batch in batches]
         if has_half:
             kept = [to_single_precision(batch) for batch in kept]
-        yield Objective(network, loss, kept, T, joint=True)
+        objective = Objective(network, loss, kept, T, joint=True)
+        with threads_for(_operations(objective)):
+            yield objective
+
+
+def _operations(objective: Objective) -> float:
+    """Multiplications and additions of the loss of the first batch, if the host computes it with several threads."""
+    if torch.get_num_threads() == 1 or not objective.batches or objective.weights[0].device.type != "cpu":
+        return math.inf
+    from torch.utils.flop_counter import FlopCounterMode  # half a second, for what needs it
+
+    with torch.random.fork_rng([]), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        objective.batch_loss(objective.batches[0])
+    return float(counter.get_total_flops())
 
 
 def mean_over_parts(measure: Callable[[Objective], list[float]], objective: Objective, m: int | None) -> list[float]:

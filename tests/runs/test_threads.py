@@ -1,0 +1,78 @@
+"""Threads by the size of the work, and never more than the user set or the process may use."""
+
+import os
+
+import pytest
+import torch
+from torch import nn
+
+from sam_lightning.runs import threads
+from sam_lightning.runs.threads import OPERATIONS_PER_THREAD, threads_for, usable_cores
+from sam_lightning.sharpness import worst_case_sharpness
+
+
+@pytest.fixture(autouse=True)
+def _four_threads_of_eight_cores(monkeypatch):
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    monkeypatch.setattr(threads, "usable_cores", lambda: 8)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(("operations", "expected"), [(0, 1), (1e6, 1), (3.5e9, 3), (float("1e15"), 4)])
+def test_a_thread_for_every_so_many_operations(operations, expected):
+    with threads_for(operations) as count:
+        assert torch.get_num_threads() == count == expected
+    assert torch.get_num_threads() == 4
+    with pytest.raises(KeyError), threads_for(operations):
+        raise KeyError
+    assert torch.get_num_threads() == 4
+
+
+def test_no_more_than_the_process_may_use(monkeypatch):
+    monkeypatch.setattr(threads, "usable_cores", lambda: 2)
+    with threads_for(100 * OPERATIONS_PER_THREAD):
+        assert torch.get_num_threads() == 2
+
+
+def test_cores_are_those_of_affinity_container_and_allocation(monkeypatch, tmp_path):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(6)), raising=False)
+    monkeypatch.setattr(threads, "_quota", lambda: None)
+    monkeypatch.delenv("SLURM_CPUS_PER_TASK", raising=False)
+    assert usable_cores() == 6
+    monkeypatch.setattr(threads, "_quota", lambda: 4)
+    assert usable_cores() == 4
+    monkeypatch.setenv("SLURM_CPUS_PER_TASK", "3")
+    assert usable_cores() == 3
+
+
+@pytest.mark.parametrize(
+    ("files", "cores"),
+    [
+        ({"cpu.max": "250000 100000\n"}, 2),
+        ({"cpu.max": "50000 100000\n"}, 1),
+        ({"cpu.max": "max 100000\n"}, None),
+        ({"cpu/cpu.cfs_quota_us": "300000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 3),
+        ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, None),
+        ({}, None),
+    ],
+)
+def test_a_containers_quota(tmp_path, files, cores):
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(content)
+    assert threads._quota(tmp_path) == cores
+
+
+@pytest.mark.parametrize(("width", "expected"), [(8, 1), (2000, 4)])
+def test_small_networks_are_measured_with_one_thread(width, expected):
+    network, seen = nn.Linear(width, width), []
+
+    def loss(batch):
+        seen.append(torch.get_num_threads())
+        return network(batch).square().mean()
+
+    worst_case_sharpness(network, loss, [torch.randn(500, width)], rho=0.1)
+    assert seen[-1] == expected
+    assert torch.get_num_threads() == 4
