@@ -33,7 +33,7 @@ def threads_for(operations: float) -> Iterator[int]:
         The number of threads.
     """
     before = torch.get_num_threads()
-    threads = max(1, min(before, usable_cores(), int(operations // OPERATIONS_PER_THREAD)))
+    threads = max(1, int(min(before, usable_cores(), operations / OPERATIONS_PER_THREAD)))
     if threads != before:
         torch.set_num_threads(threads)
     try:

@@ -47,7 +47,7 @@ def largest_eigenvalues(
         RuntimeError: If the Hessian is not finite, torch differentiates the network wrongly, or the iteration does
             not converge.
 
-    Cost: 7 products with the Hessian over all data on the trained digits network and 22 on the untrained one, each as
+    Cost: 8 products with the Hessian over all data on the trained digits network and 22 on the untrained one, each as
     much as about three gradients. Memory at the peak: 18 copies of the weights, and two more for each further value.
 
     What it does not tell: a ReLU network can be rescaled to any plain λ without changing what it computes (Dinh,

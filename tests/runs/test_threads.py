@@ -1,5 +1,6 @@
 """Threads by the size of the work, and never more than the user set or the process may use."""
 
+import math
 import os
 
 import pytest
@@ -20,7 +21,7 @@ def _four_threads_of_eight_cores(monkeypatch):
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize(("operations", "expected"), [(0, 1), (1e6, 1), (3.5e9, 3), (float("1e15"), 4)])
+@pytest.mark.parametrize(("operations", "expected"), [(0, 1), (1e6, 1), (3.5e9, 3), (1e15, 4), (math.inf, 4)])
 def test_a_thread_for_every_so_many_operations(operations, expected):
     with threads_for(operations) as count:
         assert torch.get_num_threads() == count == expected
