@@ -7,12 +7,14 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import pandas as pd
 from cost_tables import cost_section
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 from PIL import Image
 from study_tables import HERE, PAPER, STUDIES, quickstart_section, results_section, sharpness_section
 
+from sam_lightning.cli.landscape_figures import planes
 from sam_lightning.runs.figure_files import STYLE
 from sam_lightning.studies.figures import accuracy, draw_curves, sharpness_and_accuracy
 from sam_lightning.studies.results import read
@@ -41,6 +43,14 @@ def quickstart(folder: Path) -> Figure:
     return figure
 
 
+def landscape(folder: Path) -> Figure:
+    """The loss around two of the quickstart's solutions, as `sam-lightning landscape --other` draws it."""
+    tables = {arm: pd.read_csv(folder / f"{arm}.csv", index_col=0) for arm in ("SGD", "SAM")}
+    axes = [tables["SGD"].index.to_numpy(), tables["SGD"].columns.to_numpy(dtype=float)]
+    caption = "Two random directions around each solution, filter-normalised, 1000 noisy training samples."
+    return planes(axes, {arm: table.to_numpy() for arm, table in tables.items()}, caption)
+
+
 def figures() -> dict[str, tuple[str, Callable[[Path], Figure]]]:
     """By file name: the folder in results/ that a figure shows, and what draws it."""
 
@@ -49,6 +59,7 @@ def figures() -> dict[str, tuple[str, Callable[[Path], Figure]]]:
 
     return {
         "quickstart": ("quickstart", quickstart),
+        "landscape": ("landscape", landscape),
         **{f"study-{name.lower()}": (folder, curves(file)) for name, folder, file in PAPER if name != "corrected"},
         "sharpness": (
             "sharpness",
@@ -101,7 +112,7 @@ def main() -> None:
     FIGURES.mkdir(exist_ok=True)
     for name, (folder, draw) in drawn.items():
         with rc_context(STYLE):
-            draw(folder).savefig(FIGURES / f"{name}.png", dpi=150, metadata={"Source": digest(folder)})
+            draw(folder).savefig(FIGURES / f"{name}.png", dpi=130, metadata={"Source": digest(folder)})
     if not options.no_notebooks:
         notebooks = [str(path) for path in sorted(HERE.glob("*.ipynb"))]
         sys.exit(subprocess.call([sys.executable, "-m", "pytest", "--nbmake", "--overwrite", *notebooks], cwd=ROOT))
