@@ -47,7 +47,8 @@ class SharpnessAwareTraining(Callback):
             Normalisation layers see the parts.
         radius: A schedule, such as `sam_lightning.optim.late(0.9)`: before each step every group's rho is its own times
             what the schedule makes of the training's progress.
-        options: The method's other options, such as `every=5` or ASAM's `eta`.
+        every: Perturb in every k-th step only, the first included.
+        options: The method's other options, such as ASAM's `eta`; on the command line `dict_kwargs.eta`.
 
     Raises:
         ValueError: If an option is not one of those allowed.
@@ -56,15 +57,6 @@ class SharpnessAwareTraining(Callback):
         m_sharpness: The number of samples that share a perturbation, known once training has begun; `None` without a
             sharpness-aware optimizer. Logged once.
     """
-
-    def __new__(cls, *args: Any, **kwargs: Any) -> "SharpnessAwareTraining":
-        """Of both kinds of callback, where the package's other name `pytorch_lightning` is in use, too."""
-        twin = sys.modules.get("pytorch_lightning")
-        if twin is not None and not issubclass(cls, twin.Callback):
-            cls = type(
-                cls.__name__, (cls, twin.Callback), {"__module__": cls.__module__, "__qualname__": cls.__qualname__}
-            )
-        return super().__new__(cls)
 
     def __init__(
         self,
@@ -75,6 +67,7 @@ class SharpnessAwareTraining(Callback):
         batch_norm_stats: Literal["first", "both"] = "first",
         micro_batches: int = 1,
         radius: RadiusSchedule | None = None,
+        every: int = 1,
         **options: Any,
     ) -> None:
         for name, value, allowed in (
@@ -92,11 +85,21 @@ class SharpnessAwareTraining(Callback):
         self.radius = radius
         self.m_sharpness: int | None = None
         self._method = maker_of(method)
-        self._options = options if rho is None else {"rho": rho, **options}
+        given = {"rho": rho, "every": None if every == 1 else every}
+        self._options = {**{name: value for name, value in given.items() if value is not None}, **options}
         self._step: SharpStep | None = None
         self._logs: StepLogs | None = None
         self._hooks: list[Any] = []
         self._metrics = StepMetrics()
+        self._join_the_twin()
+
+    def _join_the_twin(self) -> None:
+        """Where Lightning's other name is in use, too, its Trainer takes callbacks of its own kind only."""
+        twin = sys.modules.get("pytorch_lightning")
+        if twin is not None and not isinstance(self, twin.Callback):
+            cls = type(self)
+            names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__}
+            self.__class__ = type(cls.__name__, (cls, twin.Callback), names)
 
     # Before the first batch.
 

@@ -11,7 +11,8 @@ from torch.optim import Optimizer
 from sam_lightning import optim
 from sam_lightning.optim import SharpnessAware
 
-Method: TypeAlias = type[SharpnessAware] | Callable[..., SharpnessAware] | str
+# The name first: the command line takes what it is given for the first that fits.
+Method: TypeAlias = str | type[SharpnessAware] | partial[SharpnessAware]
 Maker: TypeAlias = Callable[[Optimizer, LightningModule, dict[str, Any]], SharpnessAware]
 
 

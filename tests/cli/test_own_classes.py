@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from lightning.pytorch import LightningDataModule
+from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -187,3 +187,45 @@ def test_checkpoints_may_have_a_place_of_their_own():
     fit("--trainer.callbacks.dirpath", "mine")
     assert {path.name for path in Path("mine").iterdir()} == {"best.ckpt"}
     assert {path.name for path in Path("runs/digits-sam-seed1/checkpoints").iterdir()} == {"last.ckpt"}
+
+
+class Plain(LightningModule):
+    """Knows nothing of sharpness, and saves its hyperparameters as everybody does."""
+
+    def __init__(self, width: int = 4, lr: float = 0.1):
+        super().__init__()
+        self.save_hyperparameters()
+        self.network = nn.Sequential(nn.Linear(6, width), nn.Tanh(), nn.Dropout(0.2), nn.Linear(width, 1))
+
+    def training_step(self, batch, batch_idx):
+        return nn.functional.mse_loss(self.network(batch[0]), batch[1])
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val_loss", self.training_step(batch, batch_idx))
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=self.hparams.lr)
+
+
+SHARP = ["--trainer.callbacks+=sam_lightning.training.SharpnessAwareTraining", "--trainer.callbacks.method", "ASAM"]
+
+
+def test_two_options_make_ones_own_module_sharp(capsys):
+    """And it is resumed and measured like any other run."""
+    trained = main(words(Plain, *SHARP, "--trainer.callbacks.rho", "0.3", "--trainer.callbacks.every", "2"))
+    (optimizer,) = trained.trainer.optimizers
+    assert (type(optimizer).__name__, optimizer.every) == ("ASAM", 2)
+    assert optimizer.param_groups[0]["rho"] == 0.3
+    assert "trains plainly" not in capsys.readouterr().err
+    assert type(Plain.load_from_checkpoint("run/checkpoints/last.ckpt", weights_only=True)) is Plain
+
+    resumed = main(["fit", "--ckpt_path", "run", "--trainer.max_epochs", "2"])
+    assert type(resumed.trainer.optimizers[0]).__name__ == "ASAM"
+    assert resumed.trainer.global_step == 2 * trained.trainer.global_step
+    main(["sharpness", "--ckpt_path", "run", "--samples", "32", "--settings.steps", "2", "--settings.draws", "2"])
+    assert json.loads(Path("run/sharpness.json").read_text())["samples"] == 64  # what the data module gives
+
+
+def test_a_module_that_trains_plainly_says_so(capsys):
+    main(words(Plain))
+    assert "note: Plain trains plainly. For sharp steps: --trainer.callbacks+=" in capsys.readouterr().err
