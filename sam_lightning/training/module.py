@@ -84,10 +84,7 @@ class SharpnessAwareModule(LightningModule):
             "sync_perturbation": sync_perturbation,
             "second_pass": second_pass,
         }
-        kinds = type(self).__mro__
-        behind = kinds[kinds.index(SharpnessAwareModule) + 1]
-        if behind is not LightningModule:  # another module's arguments may have these names
-            theirs = inspect.signature(behind).parameters
+        if theirs := _arguments_behind(type(self)):  # another module's arguments may have these names
             given = {"optimizer": optimizer, "lr_scheduler": lr_scheduler, **options}
             kwargs |= {name: value for name, value in given.items() if value is not None and name in theirs}
             optimizer, lr_scheduler = (None if name in theirs else given[name] for name in _FACTORIES)  # type: ignore[assignment]
@@ -183,7 +180,24 @@ class SharpnessAwareModule(LightningModule):
         if frame is None:
             current = inspect.currentframe()
             frame = None if current is None else current.f_back
-        if not args and frame is not None:
+        if (
+            not args
+            and frame is not None
+            and type(self).configure_optimizers is SharpnessAwareModule.configure_optimizers
+        ):
             made = [name for name in _FACTORIES if callable(frame.f_locals.get(name))]
             ignore = [*([ignore] if isinstance(ignore, str) else ignore or []), *made]
         super().save_hyperparameters(*args, ignore=ignore, frame=frame, **kwargs)
+
+
+def _arguments_behind(cls: type) -> set[str]:
+    """Names of the arguments of the modules that stand behind `SharpnessAwareModule` among the bases of `cls`."""
+    names: set[str] = set()
+    kinds = cls.__mro__[cls.__mro__.index(SharpnessAwareModule) + 1 :]
+    for kind in kinds[: kinds.index(LightningModule)]:
+        own = vars(kind).get("__init__")
+        parameters = inspect.signature(own).parameters if own is not None else {}
+        names |= parameters.keys()
+        if parameters and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+            break  # it hands nothing on by name
+    return names - {"self", "args", "kwargs"}

@@ -84,6 +84,39 @@ def test_a_librarys_module_with_arguments_may_be_mixed_in_any_order(trainer):
         assert type(made.optimizers[0]) is SAM
 
 
+def test_a_librarys_argument_that_is_handed_on_by_name_reaches_it():
+    class Library(LightningModule):
+        def __init__(self, optimizer="adam"):
+            super().__init__()
+            self.chosen = optimizer
+
+    class Model(Library):
+        def __init__(self, width=1, **kwargs):
+            super().__init__(**kwargs)
+
+    class Mixed(SharpnessAwareModule, Model):
+        pass
+
+    assert Mixed(width=2, optimizer="sgd").chosen == "sgd"
+
+
+def test_a_module_that_makes_its_optimizer_of_a_hyperparameter_keeps_it(trainer):
+    class Template(SharpnessAwareModule):
+        def __init__(self, optimizer):
+            super().__init__()
+            self.save_hyperparameters(logger=False)
+            self.net = nn.Linear(4, 1).double()
+
+        training_step = Plain.training_step
+
+        def configure_optimizers(self):
+            return self.hparams.optimizer(params=self.parameters())
+
+    made = trainer()
+    made.fit(Template(partial(torch.optim.SGD, lr=0.1)), batches())
+    assert type(made.optimizers[0]) is SAM
+
+
 def test_a_step_from_a_mixin_in_front_is_taken_sharply(trainer):
     class Step:
         def training_step(self, batch, batch_idx):
