@@ -77,8 +77,8 @@ class OptimizerWrapper(Optimizer):
         self._switch("eval")
 
     def _switch(self, mode: str) -> None:
-        self._check(f"{mode}()")
-        if hasattr(self.base, mode):
+        if hasattr(self.base, mode):  # others may be asked at any time: some trainers do before every pass
+            self._check(f"{mode}()")
             getattr(self.base, mode)()
 
     # Hooks run where the work is done, once, and are given this optimizer.

@@ -222,8 +222,12 @@ def test_two_optimizers_in_manual_optimization(batches, tmp_path):
     assert_close(gan, expected)
 
 
-def test_hugging_face_trainer(tmp_path):
-    """Its Trainer makes optimizer and schedule, clips, and steps; only what its training_step does is done twice."""
+@pytest.mark.parametrize("accumulated", [1, 2])
+def test_hugging_face_trainer(accumulated, tmp_path):
+    """Its Trainer makes optimizer and schedule, accumulates, clips and steps; only its training_step runs twice.
+
+    Each of the accumulated batches climbs from the same w.
+    """
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("accelerate")
     config = transformers.BertConfig(vocab_size=20, max_position_embeddings=8, **SIZES)
@@ -236,12 +240,18 @@ def test_hugging_face_trainer(tmp_path):
 
         def training_step(self, model, inputs, num_items_in_batch=None):
             step, done = super().training_step, lambda loss: None  # it has called backward itself
-            return self.optimizer.optimizer.passes(
+            before = [(p, p.grad) for p in model.parameters() if p.grad is not None]
+            loss = self.optimizer.optimizer.passes(
                 lambda: step(model, dict(inputs), num_items_in_batch), backward=done, model=model
             )
+            for p, gradient in before:  # of the batches that this one is accumulated with
+                p.grad = gradient if p.grad is None else p.grad + gradient
+            return loss
 
     class WrittenOut(transformers.Trainer):
         def training_step(self, model, inputs, num_items_in_batch=None):
+            before = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+            model.zero_grad()
             twin, states = copy.deepcopy(model), random_states()
             loss = super().training_step(model, dict(inputs), num_items_in_batch)
             after = random_states()
@@ -252,8 +262,8 @@ def test_hugging_face_trainer(tmp_path):
             set_random_states(states)
             super().training_step(twin, dict(inputs), num_items_in_batch)
             set_random_states(after)
-            for p, q in zip(model.parameters(), twin.parameters(), strict=True):
-                p.grad = q.grad
+            for (name, p), q in zip(model.named_parameters(), twin.parameters(), strict=True):
+                p.grad = q.grad + before.get(name, 0)
             return loss
 
     def trained(cls):
@@ -263,6 +273,7 @@ def test_hugging_face_trainer(tmp_path):
             tmp_path / cls.__name__,
             num_train_epochs=2,
             per_device_train_batch_size=4,
+            gradient_accumulation_steps=accumulated,
             learning_rate=1e-2,
             warmup_steps=3,
             max_grad_norm=0.5,
@@ -278,7 +289,7 @@ def test_hugging_face_trainer(tmp_path):
 
     (model, logs), (expected, expected_logs) = trained(SharpTrainer), trained(WrittenOut)
     assert_close(model, expected)
-    assert len(logs) == 16
+    assert len(logs) == 16 // accumulated
     for row, there in zip(logs, expected_logs, strict=True):
         assert row["learning_rate"] == there["learning_rate"]
         assert row["loss"] == pytest.approx(there["loss"], abs=1e-3)  # rounded to four digits

@@ -221,6 +221,19 @@ def test_modes_are_handed_on_and_nothing_happens_where_there_are_none():
     SAM(Net().parameters(), SGD).eval()
 
 
+def test_modes_change_at_w_only_and_a_base_without_any_may_be_asked_at_any_time():
+    for base in (torch.optim.SGD, TwoModes):
+        net = Net()
+        optimizer = SAM(net.parameters(), base, lr=0.1)
+        net.loss().backward()
+        with optimizer.perturbed():
+            if base is torch.optim.SGD:
+                optimizer.train()  # as the Trainer of transformers does before each of its backward passes
+            else:
+                with pytest.raises(RuntimeError, match=r"train\(\) while the weights are perturbed"):
+                    optimizer.train()
+
+
 def test_a_base_whose_step_takes_no_closure():
     net, other = Net(), Net()
     optimizer = SAM(net.parameters(), NoClosure, lr=0.1, rho=0.3)
