@@ -16,6 +16,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from torch.distributed.nn.functional import all_reduce
 from torch.utils.data import DataLoader, DistributedSampler
 
+from cases import CASES
 from regression import SAM_SGD, SGD, Branches, Regression, loader, make_data, make_network, state_of
 from sam_lightning.training import SharpnessAwareTraining
 
@@ -154,6 +155,9 @@ def on_the_cpu():
         clip = options.pop("clip", None)
         module = Regression(network=make_network(norm=False), **options)
         results[name] = fit(module, ddp=ddp, gradient_clip_val=clip)
+    for case in CASES:
+        module = Regression(lambda params, case=case: case.make(list(params), SGD), make_network(norm=False), **SYNC)
+        results[f"method-{case.name}"] = fit(module)
     for mode, options in {"sync": SYNC, "local": LOCAL}.items():
         plain = {"network": make_network(norm=False), **options}
         results[f"{mode}-short-last"] = fit(Regression(**plain), samples=150)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.nn.functional import mse_loss
 
+from cases import every_case
 from launch import two_ranks
 from regression import SAM_SGD, SGD, Branches, assert_same, bare_loop, loader, make_data, make_network, state_of
 
@@ -81,6 +82,16 @@ def test_synchronised_ranks_equal_one_process_on_the_joined_batch(ranks, case):
     bare_loop(network, (SGD if "sgd" in case else SAM_SGD)(list(network.named_parameters())), joined_batches())
     assert_close(ranks[0][case], network)
     assert ranks[0][case]["steps"] == 20
+
+
+@every_case
+def test_every_method_in_two_processes_equals_one_on_the_joined_batch(ranks, case):
+    network = make_network(norm=False)
+    optimizer = case.make(list(network.named_parameters()), SGD)
+    for x, y in joined_batches():
+        optimizer.passes(lambda x=x, y=y: mse_loss(network(x), y))
+        optimizer.step()
+    assert_close(ranks[0][f"method-{case.name}"], network, atol=1e-5)
 
 
 @pytest.mark.parametrize("case", ["local", "local-accumulate", "local-view-accumulate"])
