@@ -1,6 +1,5 @@
 """Sharpness-aware training of a LightningModule that knows nothing of it."""
 
-import sys
 from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -11,8 +10,9 @@ from sam_lightning.optim.radius import follow_schedule
 from sam_lightning.optim.replay import Replay
 from sam_lightning.training.divergence import refuse_diverged
 from sam_lightning.training.logs import StepLogs
-from sam_lightning.training.methods import Method, make_sharp, maker_of, trained_weights
+from sam_lightning.training.methods import Method, make_sharp, maker_of, refuse_own_steps, trained_weights
 from sam_lightning.training.micro_batches import common_length
+from sam_lightning.training.packages import of_both_packages
 from sam_lightning.training.resume import go_on_with_the_next_epoch
 from sam_lightning.training.sharding import share_buffers
 from sam_lightning.training.sharp_step import SharpStep, StepResult
@@ -91,15 +91,7 @@ class SharpnessAwareTraining(Callback):
         self._logs: StepLogs | None = None
         self._hooks: list[Any] = []
         self._metrics = StepMetrics()
-        self._join_the_twin()
-
-    def _join_the_twin(self) -> None:
-        """Where Lightning's other name is in use, too, its Trainer takes callbacks of its own kind only."""
-        twin = sys.modules.get("pytorch_lightning")
-        if twin is not None and not isinstance(self, twin.Callback):
-            cls = type(self)
-            names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__}
-            self.__class__ = type(cls.__name__, (cls, twin.Callback), names)
+        self.__class__ = of_both_packages(type(self))
 
     # Before the first batch.
 
@@ -110,13 +102,7 @@ class SharpnessAwareTraining(Callback):
         others = [callback for callback in trainer.callbacks if isinstance(callback, SharpnessAwareTraining)]  # type: ignore[attr-defined]
         if others[0] is not self or len(others) > 1:
             raise ValueError("a Trainer takes one SharpnessAwareTraining callback; remove the others.")
-        name = type(pl_module).__name__
-        if not pl_module.automatic_optimization:
-            raise TypeError(
-                f"{name} takes its steps itself (automatic_optimization is False), so that nothing could be put "
-                "between them. In its training_step, run the second backward pass inside `with optimizer.perturbed():` "
-                "of a SAM optimizer that its configure_optimizers makes; remove SharpnessAwareTraining."
-            )
+        refuse_own_steps(pl_module)
         refuse_strategy(trainer)
         # First of all callbacks: one that searches for a learning rate or a batch size trains in its `on_fit_start`.
         trainer.callbacks.remove(self)  # type: ignore[attr-defined]

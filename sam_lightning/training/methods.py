@@ -61,6 +61,20 @@ def make_sharp(trainer: Trainer, module: LightningModule, maker: Maker | None, o
     return sharp
 
 
+def refuse_own_steps(module: LightningModule) -> None:
+    """Refuses a module in manual optimization, with the recipe for it.
+
+    Raises:
+        TypeError: If it takes its steps itself.
+    """
+    if not module.automatic_optimization:
+        raise TypeError(
+            f"{type(module).__name__} takes its steps itself (automatic_optimization is False), so that nothing could "
+            "be put between them. In its training_step, run the second backward pass inside `with optimizer."
+            "perturbed():` of a SAM optimizer that its configure_optimizers makes; remove SharpnessAwareTraining."
+        )
+
+
 def trained_weights(trainer: Trainer) -> list[Tensor]:
     """What the optimizer moves; parameters that do not require gradients may be among its own."""
     return [p for group in trainer.optimizers[0].param_groups for p in group["params"] if p.requires_grad]

@@ -11,9 +11,10 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 
-from sam_lightning.optim import SharpnessAware, global_norm
+from sam_lightning.optim import SharpnessAware
 from sam_lightning.optim.batch_norm import RunningStats
 from sam_lightning.optim.replay import Replay
+from sam_lightning.training.gradients import Gradients
 from sam_lightning.training.logs import StepLogs
 from sam_lightning.training.micro_batches import split_batch
 from sam_lightning.training.sharding import reshard, share_buffers
@@ -58,6 +59,7 @@ class SharpStep:
         self.is_logged = False
         self.is_perturbed = False
         self.is_second_pass = False
+        self._gradients = Gradients(trainer, module)
         self._trainer = trainer
         self._module = module
         self._replay = replay
@@ -67,10 +69,12 @@ class SharpStep:
         self._loop = trainer.fit_loop.epoch_loop.automatic_optimization
         self._make_plain_closure = self._loop._make_closure
         self._loop._make_closure = self._make_closure  # type: ignore[method-assign]
+        vars(module)["is_second_pass"] = False  # for a module that asks
 
     def remove(self) -> None:
         """Gives the trainer its own step back."""
         vars(self._loop).pop("_make_closure", None)
+        vars(self._module).pop("is_second_pass", None)
 
     def _make_closure(self, kwargs: dict[str, Any], optimizer: Optimizer, batch_idx: int) -> Any:
         closure = self._make_plain_closure(kwargs, optimizer, batch_idx)  # type: ignore[arg-type]
@@ -90,9 +94,9 @@ class SharpStep:
         backward, zero_grad = closure._backward_fn, closure._zero_grad_fn
         # Gradients of earlier batches, with whose mean this one's will descend. They are kept aside: the ascent follows
         # this batch's own gradient.
-        accumulated = self._set_gradients_aside() if zero_grad is None else None
+        accumulated = self._gradients.set_aside() if zero_grad is None else None
         self.result, self.is_logged = StepResult(), self._is_to_be_logged()
-        stats = None if self._scaler is None else RunningStats(self._module)
+        stats = None if self._gradients.scaler is None else RunningStats(self._module)
         if isinstance(self._optimizer, SharpnessAware):
             output = self._sharp(self._optimizer, kwargs, backward, zero_grad)
         else:
@@ -100,13 +104,11 @@ class SharpStep:
             self.result.loss = self._loss_of(output)
             self.result.grad_norm = self._grad_norm()
         if output.closure_loss is None:
-            closure.warning_cache.warn(
-                "`training_step` returned `None`. If this was on purpose, ignore this warning..."
-            )
+            closure.warning_cache.warn("`training_step` returned `None`. If this was on purpose, ignore this...")
         if stats is not None:  # a forward pass that overflowed leaves no trace, as the step is skipped
-            stats.restore(unless=global_norm(self._gradients()).isfinite())
+            stats.restore(unless=self._gradients.are_finite())
         if accumulated is not None:
-            self._add(accumulated)
+            self._gradients.add(accumulated)
         if is_sharded(self._trainer):  # a checkpoint made of shards takes buffers from any process
             share_buffers(self._module)
         return output
@@ -119,7 +121,7 @@ class SharpStep:
         zero_grad: Callable[[], None] | None,
     ) -> Any:
         if not optimizer.needs_first_gradient:
-            with optimizer.perturbed(loss_scale=self._loss_scale()), self._at_perturbed_weights():
+            with optimizer.perturbed(loss_scale=self._gradients.loss_scale()), self._at_perturbed_weights():
                 output = self._pass(kwargs, backward, sync=True, before_backward=zero_grad)
             self.result.loss_perturbed = self._loss_of(output)
             return output
@@ -132,12 +134,14 @@ class SharpStep:
         if self.result.loss is None:  # training_step skips this batch
             return output
         self.result.grad_norm = norm = self._grad_norm()
-        with optimizer.perturbed(loss_scale=self._loss_scale()) as computes, self._at_perturbed_weights():
+        with optimizer.perturbed(loss_scale=self._gradients.loss_scale()) as computes, self._at_perturbed_weights():
             if computes:
-                optimizer.zero_grad(set_to_none=self._sync_perturbation or not self._finds_unused)
+                optimizer.zero_grad(set_to_none=self._sync_perturbation or not self._gradients.must_stay())
+                # Under loss scaling an overflow in either pass must skip the step, on every process: NaN goes through
+                # the second pass's gradients, their average and the scaler's own check.
+                factor = None if self._gradients.scaler is None or norm is None else 1 + 0 * norm
                 with self._replay.again() as batch, self._second_pass():
-                    again = {**kwargs, "batch": batch}
-                    second = self._pass(again, backward, sync=True, factor=self._nan_unless_finite(norm))
+                    second = self._pass({**kwargs, "batch": batch}, backward, sync=True, factor=factor)
                 self.result.loss_perturbed = self._loss_of(second)
         return output
 
@@ -198,67 +202,14 @@ class SharpStep:
             if is_sharded(self._trainer):
                 reshard(self._module)  # a pass that failed leaves weights gathered at w + e
 
-    # Loss scaling.
-
-    @property
-    def _scaler(self) -> torch.amp.GradScaler | None:
-        return getattr(self._trainer.precision_plugin, "scaler", None)
-
-    def _loss_scale(self) -> Tensor | float:
-        """What the gradient is a multiple of, compared with the loss's own; without a wait for an accelerator."""
-        batches = self._trainer.accumulate_grad_batches
-        if self._scaler is None:
-            return 1 / batches
-        return self._scaler.scale(torch.ones((), device=self._module.device)) / batches
-
-    def _nan_unless_finite(self, norm: Tensor | None) -> Tensor | None:
-        """A factor for the second loss: 1, or NaN if the first gradient is not finite.
-
-        Under loss scaling an overflow in either pass must skip the step, on every process: as a factor it goes through
-        the second pass's gradients, their average and the scaler's own check.
-        """
-        return None if self._scaler is None or norm is None else 1 + 0 * norm
-
-    # Gradients.
-
-    @property
-    def _weights(self) -> list[Tensor]:
-        return [weight for group in self._optimizer.param_groups for weight in group["params"]]
-
-    def _gradients(self) -> list[Tensor]:
-        return [weight.grad for weight in self._weights if weight.grad is not None]
-
-    @property
-    def _finds_unused(self) -> bool:
-        """Whether a first pass that is not synchronised must leave gradients behind, though zero.
-
-        DistributedDataParallel with find_unused_parameters=True still takes a parameter for used in the second pass if
-        the first one used it, and fails where it then has no gradient.
-        """
-        return getattr(self._trainer.strategy.model, "find_unused_parameters", False)
+    # Logs.
 
     def _grad_norm(self) -> Tensor | None:
-        """||g|| with loss scaling and accumulation undone, in the steps that need it: for the log, or to check it."""
-        if not self.is_logged and self._scaler is None:
-            return None
-        return global_norm(self._gradients()) / self._loss_scale()
+        """||g|| in the steps that need it: for the log, or to check it."""
+        return self._gradients.norm() if self.is_logged or self._gradients.scaler is not None else None
 
     def _is_to_be_logged(self) -> bool:
         """Whether this batch completes one of every `log_every_n_steps` steps."""
         every: int = self._trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by a part of the trainer
         is_due = every > 0 and (self._trainer.global_step + 1) % every == 0
         return is_due and not self._trainer.fit_loop._should_accumulate()
-
-    def _set_gradients_aside(self) -> list[tuple[Tensor, Tensor]]:
-        aside = [(weight, weight.grad.clone()) for weight in self._weights if weight.grad is not None]
-        for weight, _ in aside:
-            weight.grad = None
-        return aside
-
-    @torch.no_grad()
-    def _add(self, gradients: list[tuple[Tensor, Tensor]]) -> None:
-        for weight, gradient in gradients:
-            if weight.grad is None:
-                weight.grad = gradient
-            else:
-                weight.grad += gradient

@@ -1,0 +1,65 @@
+"""The gradients of a step: what they are scaled by, their norm, and those of batches that were accumulated before."""
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
+
+from sam_lightning.optim import global_norm
+
+
+class Gradients:
+    """Of the parameters that the trainer's optimizer has."""
+
+    def __init__(self, trainer: Trainer, module: LightningModule) -> None:
+        self._trainer = trainer
+        self._module = module
+
+    @property
+    def scaler(self) -> torch.amp.GradScaler | None:
+        """What scales the loss in 16-mixed precision."""
+        return getattr(self._trainer.precision_plugin, "scaler", None)
+
+    def loss_scale(self) -> Tensor | float:
+        """What they are a multiple of, compared with the loss's own; without a wait for an accelerator."""
+        batches = self._trainer.accumulate_grad_batches
+        if self.scaler is None:
+            return 1 / batches
+        return self.scaler.scale(torch.ones((), device=self._module.device)) / batches
+
+    def norm(self) -> Tensor:
+        """||g||, with loss scaling and accumulation undone."""
+        return global_norm(self._all()) / self.loss_scale()
+
+    def are_finite(self) -> Tensor:
+        """A 0-dimensional bool."""
+        return global_norm(self._all()).isfinite()
+
+    def set_aside(self) -> list[tuple[Tensor, Tensor]]:
+        """Takes them away, copied, since they may be views of memory that is used again."""
+        aside = [(weight, weight.grad.clone()) for weight in self._weights() if weight.grad is not None]
+        for weight, _ in aside:
+            weight.grad = None
+        return aside
+
+    @torch.no_grad()
+    def add(self, aside: list[tuple[Tensor, Tensor]]) -> None:
+        """Adds those that were set aside."""
+        for weight, gradient in aside:
+            if weight.grad is None:
+                weight.grad = gradient
+            else:
+                weight.grad += gradient
+
+    def must_stay(self) -> bool:
+        """Whether a first pass that is not synchronised must leave gradients behind, though zero.
+
+        DistributedDataParallel with find_unused_parameters=True still takes a parameter for used in the second pass if
+        the first one used it, and fails where it then has no gradient.
+        """
+        return getattr(self._trainer.strategy.model, "find_unused_parameters", False)
+
+    def _weights(self) -> list[Tensor]:
+        return [weight for group in self._trainer.optimizers[0].param_groups for weight in group["params"]]
+
+    def _all(self) -> list[Tensor]:
+        return [weight.grad for weight in self._weights() if weight.grad is not None]
