@@ -91,6 +91,7 @@ def at_learning_rate_zero(case):
         optimizer.zero_grad()
         backward(net)
         with optimizer.perturbed():
+            optimizer.zero_grad()
             backward(net)
         optimizer.step()
     return all(torch.equal(a, b) for a, b in zip(parts(net), before, strict=True))
