@@ -5,6 +5,9 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from sam_lightning.optim.module_state import is_running_statistic
 
 
 @contextmanager
@@ -35,7 +38,7 @@ class RunningStats:
             (layer, name, buffer.clone())
             for layer in module.modules()
             for name, buffer in layer.named_buffers(recurse=False)
-            if name.startswith("running_") or name == "num_batches_tracked"
+            if is_running_statistic(name) and not is_lazy(buffer)
         ]
 
     @torch.no_grad()

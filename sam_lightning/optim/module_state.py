@@ -50,8 +50,8 @@ class ModuleState:
         self._kept: dict[str, tuple[Tensor, int, Tensor]] = {}  # large tensors: the tensor, its version, its copy
         self._has_observed_a_pass = False
         moved = set(trained())
-        others = sum(p.numel() for p in module.parameters() if p not in moved)
-        self._compares_others = others <= 2 * sum(p.numel() for p in moved) + 2**20
+        others = sum(p.numel() for p in module.parameters() if p not in moved and not is_lazy(p))
+        self._compares_others = others <= 2 * sum(p.numel() for p in moved if not is_lazy(p)) + 2**20
 
     @torch.no_grad()
     def take(self) -> None:
@@ -60,6 +60,7 @@ class ModuleState:
         self._copied: dict[str, Tensor] = {}
         self._watched: dict[str, tuple[Tensor, int]] = {}
         self._changed_unseen: list[Tensor] = []  # whose values before the pass are not known
+        self._lazy = [buffer for buffer in self._module.buffers() if is_lazy(buffer)]  # made by the first pass ever
         self._parameters: set[str] = set()
         for name, tensor, kind in self._tensors():
             if kind == "parameter":
@@ -79,6 +80,7 @@ class ModuleState:
     def rewind(self) -> None:
         """After the pass: notes the state in which it ended, and restores the one in which it began."""
         self._observe()
+        self._changed_unseen += [buffer for buffer in self._lazy if not is_lazy(buffer)]
         self._end = _Attributes(self._owners())
         self._end_values = [tensor.detach().clone() for tensor in [*self._copied.values(), *self._changed_unseen]]
         self._start.restore()
@@ -92,7 +94,7 @@ class ModuleState:
         for name, (tensor, before) in self._watched.items():
             if version(tensor) != before and name in self._kept:
                 tensor.detach().copy_(self._kept[name][2])
-        del self._start, self._end, self._copied, self._watched, self._start_values, self._end_values
+        del self._start, self._end, self._copied, self._watched, self._start_values, self._end_values, self._lazy
 
     def restore_attributes(self) -> None:
         """Within a pass: gives attributes, lists and counters what they began with; tensors that are in use stay."""

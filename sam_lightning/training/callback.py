@@ -44,7 +44,9 @@ class SharpnessAwareTraining(Callback):
             step, and a different method).
         batch_norm_stats: The passes that update running statistics: the first only, or both.
         micro_batches: Number of parts that each batch is cut into, to save memory, with one perturbation for all.
-            Normalisation layers see the parts.
+            Normalisation layers see the parts. The loss must be a mean over samples; for another one, or for a batch
+            that is no structure of tensors of one length, give the module `split_batch(batch, count)`, which returns
+            parts with their weights in the loss.
         radius: A schedule, such as `sam_lightning.optim.late(0.9)`: before each step every group's rho is its own times
             what the schedule makes of the training's progress.
         every: Perturb in every k-th step only, the first included.

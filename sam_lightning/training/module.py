@@ -56,6 +56,12 @@ class SharpnessAwareModule(LightningModule):
         second_pass: `replay` or `fresh` random numbers in the second pass.
     """
 
+    # TorchScript compiles all other properties.
+    __jit_unused_properties__: list[str] = [  # noqa: RUF012  # as LightningModule declares it
+        *LightningModule.__jit_unused_properties__,
+        "is_second_pass",
+        "makes_optimizer_by_factory",
+    ]
     method: ClassVar[Method] = "SAM"
     rho: float | None = None
     second_pass: Literal["replay", "fresh"] = "replay"

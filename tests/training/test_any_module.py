@@ -2,6 +2,7 @@
 
 import copy
 import random
+import warnings
 from functools import partial
 
 import numpy as np
@@ -9,8 +10,10 @@ import pytest
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
 from torch.nn.functional import mse_loss
+from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics import MeanMetric
 from torchmetrics.classification import BinaryAccuracy
 
@@ -513,3 +516,56 @@ def test_afterwards_module_and_trainer_are_as_before(trainer):
     assert not {"log", "is_second_pass"} & vars(module).keys()
     assert "_make_closure" not in vars(made.fit_loop.epoch_loop.automatic_optimization)
     assert not module._state_dict_pre_hooks
+
+
+def test_parts_may_have_weights_of_their_own_in_the_loss(trainer):
+    """Padding, which cross entropy leaves out of its mean, makes shares by samples wrong."""
+
+    class Tokens(Plain):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Linear(4, 3).double()
+            nn.init.eye_(self.net.weight)
+
+        def training_step(self, batch, batch_idx):
+            return nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+
+    class Weighted(Tokens):
+        def split_batch(self, batch, count):
+            labels = [y for y in batch[1].chunk(count)]
+            total = (batch[1] >= 0).sum()
+            return [
+                ((x, y), ((y >= 0).sum() / total).item()) for x, y in zip(batch[0].chunk(count), labels, strict=True)
+            ]
+
+    x = next(iter(batches()))[0]
+    data = DataLoader(TensorDataset(x, torch.tensor([0, -100, -100, -100, 1, 2, 0, 1])), batch_size=8)
+    whole, wrong, right = Tokens(), Tokens(), Weighted()
+    for module, parts in ((whole, 1), (wrong, 2), (right, 2)):
+        module.net.bias.data.zero_()
+        sharp(trainer, module, data, micro_batches=parts)
+    assert distance(whole, right) < 1e-7  # shares are single precision numbers
+    assert distance(whole, wrong) > 1e-3
+
+
+def test_layers_that_are_made_by_the_first_batch_count_once(trainer):
+    class Lazy(Plain):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Sequential(nn.LazyLinear(6), nn.LazyBatchNorm1d(), nn.Tanh(), nn.LazyLinear(1)).double()
+
+    for plugins in ([], [MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))]):
+        module = Lazy()
+        sharp(trainer, module, plugins=plugins)
+        assert module.net[1].num_batches_tracked == 4
+
+
+def test_a_sharp_module_is_exported_as_any_other():
+    class Own(SharpByMixin):
+        def forward(self, x):
+            return self.net(x)
+
+    module, x = Own(), torch.randn(2, 4, dtype=torch.float64)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.jit is deprecated
+        assert torch.equal(module.to_torchscript()(x), module(x))
