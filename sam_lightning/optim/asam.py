@@ -9,6 +9,7 @@ from torch import Tensor
 from sam_lightning.optim.base import SharpnessAware
 from sam_lightning.optim.groups import BaseOptimizer, Params, check_radius
 from sam_lightning.optim.norms import divide_by_norm, global_norm
+from sam_lightning.optim.vectors import parts_of
 
 
 class ASAM(SharpnessAware):
@@ -66,10 +67,12 @@ class ASAM(SharpnessAware):
 
     def displacement(self, weights: list[Tensor], grads: list[Tensor]) -> Sequence[Tensor]:
         """T^2 g / ||T g||."""
-        T = self.units(weights)
-        Tg = list(torch._foreach_mul(T, grads))
+        Tg: list[Tensor] = []
+        for part in parts_of(weights):
+            Tg += torch._foreach_mul(self.units(weights[part]), grads[part])
         e = divide_by_norm(Tg, global_norm(Tg), in_place=True)  # fresh memory costs more than the arithmetic
-        torch._foreach_mul_(e, T)  # last: T^2 g may be beyond half precision
+        for part in parts_of(weights):
+            torch._foreach_mul_(e[part], self.units(weights[part]))  # last: T^2 g may be beyond half precision
         return e
 
     def units(self, weights: list[Tensor]) -> list[Tensor]:

@@ -4,7 +4,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sam_lightning.optim.gradients import Marks, dense, gradient
+from sam_lightning.optim.gradients import Marks, dense, gradients
 
 
 class Blend:
@@ -51,6 +51,6 @@ class Blend:
 def _scale(weights: list[Tensor], factor: float) -> None:
     together = dense(weights)
     if together:
-        torch._foreach_mul_([gradient(w) for w in together], factor)
-    for weight in set(weights).difference(together):
-        gradient(weight).mul_(factor)
+        torch._foreach_mul_(gradients(together), factor)
+    for gradient in gradients(set(weights).difference(together)):
+        gradient.mul_(factor)

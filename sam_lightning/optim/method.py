@@ -67,9 +67,9 @@ class Method(ABC):
         found = [self.state.get(weight, {}).get(self.memory) for weight in weights]
         return [torch.zeros_like(w) if m is None else m for w, m in zip(weights, found, strict=True)]
 
-    def can_move(self, weight: Tensor) -> bool:
-        """Whether a parameter is among the weights of `displacement`: by default, if it has a gradient."""
-        return weight.grad is not None
+    def movable(self, params: list[Tensor]) -> list[Tensor]:
+        """Those that are among the weights of `displacement`: by default, those that have a gradient."""
+        return [p for p in params if p.grad is not None]
 
     @property
     def loss_scale(self) -> float | Tensor:

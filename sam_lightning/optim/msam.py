@@ -65,14 +65,14 @@ class MSAM(SharpnessAware):
         factor = reciprocal(global_norm(v))
         return Scaled(v, -factor)
 
-    def can_move(self, weight: Tensor) -> bool:
-        """Whether the base has momentum for it."""
-        return self._momentum(weight) is not None
+    def movable(self, params: list[Tensor]) -> list[Tensor]:
+        """Those for which the base has momentum."""
+        return [p for p in params if self._momentum(p) is not None]
 
     def will_perturb(self) -> bool:
         """True: the gradient is always computed inside."""
         moving = [p for group in self.param_groups if self.radius(group) > 0 for p in group["params"]]
-        if self.steps > 0 and moving and not any(self.can_move(p) for p in moving):
+        if self.steps > 0 and moving and not self.movable(moving):
             raise RuntimeError(
                 f"MSAM goes along its base's momentum, and {type(self.base).__name__} has none: set its momentum, or "
                 "take a base with momentum_buffer or exp_avg in its state."

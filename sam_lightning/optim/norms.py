@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from sam_lightning.optim.shards import whole
+from sam_lightning.optim.shards import are_sharded, whole
 
 _LOW_PRECISION = (torch.float16, torch.bfloat16)
 _PIECE = 2**18  # torch sums a long float32 tensor on the CPU in a few lanes: 1 % is lost at 1e8 entries
@@ -31,25 +31,27 @@ def global_norm(tensors: list[Tensor]) -> Tensor:
 def _norm(tensors: list[Tensor], order: float) -> Tensor:
     if not tensors:
         return torch.zeros(())
-    by_type: dict[tuple[torch.device, torch.dtype, bool], list[Tensor]] = {}
-    for tensor in tensors:
-        by_type.setdefault((tensor.device, tensor.dtype, hasattr(tensor, "to_local")), []).extend(_pieces(tensor))
     norms: list[Tensor] = []
-    for (_, dtype, is_sharded), pieces in by_type.items():
-        if dtype not in _LOW_PRECISION:
-            norms += torch._foreach_norm(pieces, order)
-        elif is_sharded:  # torch has no rule for norms of sharded tensors in another type
-            norms += torch._foreach_norm([piece.float() for piece in pieces], order)
-        else:
-            norms += torch._foreach_norm(pieces, order, dtype=torch.float32)
-    together = torch.stack([norm.to(tensors[0].device) for norm in norms])
-    return whole(torch.linalg.vector_norm(together, order))
+    kinds = list(zip([t.device for t in tensors], [t.dtype for t in tensors], are_sharded(tensors), strict=True))
+    different = dict.fromkeys(kinds)
+    for kind in different:
+        same = [t for t, k in zip(tensors, kinds, strict=True) if k == kind] if len(different) > 1 else tensors
+        _, dtype, sharded = kind
+        if sharded and dtype in _LOW_PRECISION:  # torch has no rule for norms of sharded tensors in another type
+            same, dtype = [t.float() for t in same], torch.float32
+        if not sharded and _is_on_host(same[0]):
+            same = _pieces(same)
+        norms += torch._foreach_norm(same, order, dtype=torch.float32 if dtype in _LOW_PRECISION else None)
+    first = kinds[0][0]
+    if any(device != first for device, _, _ in different):
+        norms = [norm.to(first) for norm in norms]
+    return whole(torch.linalg.vector_norm(torch.stack(norms), order))
 
 
-def _pieces(tensor: Tensor) -> list[Tensor]:
-    if tensor.numel() <= _PIECE or not _is_on_host(tensor) or hasattr(tensor, "to_local"):
-        return [tensor]
-    return list(torch.split(tensor.reshape(-1), _PIECE))
+def _pieces(tensors: list[Tensor]) -> list[Tensor]:
+    if max(t.numel() for t in tensors) <= _PIECE:
+        return tensors
+    return [piece for t in tensors for piece in torch.split(t.reshape(-1), _PIECE)]
 
 
 def reciprocal(norm: Tensor) -> Tensor | float:

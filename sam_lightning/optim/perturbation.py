@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from sam_lightning.optim.blend import Blend
-from sam_lightning.optim.gradients import dense, gradient, refuse_sparse
+from sam_lightning.optim.gradients import dense, gradients, refuse_sparse
 from sam_lightning.optim.groups import RadiusGroups
 from sam_lightning.optim.method import Method
 from sam_lightning.optim.shards import local_parts
@@ -53,7 +53,7 @@ class Perturbation(Method, RadiusGroups):
         if self.needs_first_gradient and not with_first:
             raise RuntimeError("no parameter has a gradient: call backward() before perturbed().")
         kept = dense(with_first) if perturbs and self.keeps_first_gradient else None
-        first = None if kept is None else now.gradients.take([gradient(p) for p in kept])
+        first = None if kept is None else now.gradients.take(gradients(kept))
         parts = local_parts([weight for _, group in groups for weight in group])
         saved = now.weights.take(parts)
         now.loss_scale, now.both = loss_scale, None
@@ -77,8 +77,8 @@ class Perturbation(Method, RadiusGroups):
         groups = []
         for group in self.param_groups:
             rho = self.radius(group)
-            weights = [p for p in group["params"] if self.can_move(p)]
-            if rho == 0 or not weights:
+            weights = self.movable(group["params"]) if rho > 0 else []
+            if not weights:
                 continue
             if self.needs_first_gradient:
                 refuse_sparse(weights)
@@ -91,7 +91,7 @@ class Perturbation(Method, RadiusGroups):
         weights = [weight for _, group in groups for weight in group]
         if not weights:
             return
-        e = self.displacement(weights, [gradient(w) for w in weights] if self.needs_first_gradient else [])
+        e = self.displacement(weights, gradients(weights) if self.needs_first_gradient else [])
         for rho, group in groups:  # in the order of weights
             add_(group, e[: len(group)], rho)
             e = e[len(group) :]
@@ -100,13 +100,15 @@ class Perturbation(Method, RadiusGroups):
     @torch.no_grad()
     def _combine(self, kept: list[Tensor] | None, first: list[Tensor] | None) -> None:
         """Makes what descends; where a gradient exists in one pass only, what the second pass left stands."""
+        if type(self).descent is Method.descent and first is None:
+            return
         weights = dense(self._with_gradient())
         if kept is not None and first is not None:
             now_too = set(weights)
             pairs = [(w, f) for w, f in zip(kept, first, strict=True) if w in now_too]
             weights, first = [w for w, _ in pairs], [f for _, f in pairs]
             self._now.both = weights, first
-        self.descent(weights, first, [gradient(w) for w in weights])
+        self.descent(weights, first, gradients(weights))
 
     def _with_gradient(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"] if p.grad is not None]

@@ -14,14 +14,15 @@ class Copies:
     """Copies of tensors, in the same memory every time: fresh memory costs more than the copying."""
 
     def __init__(self) -> None:
+        self._like: list[tuple[torch.Size, torch.dtype, torch.device]] = []
         self._copies: list[Tensor] = []
 
     @torch.no_grad()
     def take(self, tensors: list[Tensor]) -> list[Tensor]:
         """Copies of `tensors`, good until the next call; sharded ones stay sharded."""
         like = [(t.shape, t.dtype, t.device) for t in tensors]
-        if [(c.shape, c.dtype, c.device) for c in self._copies] != like:
-            self._copies = [torch.empty_like(t) for t in tensors]
+        if self._like != like:
+            self._like, self._copies = like, [torch.empty_like(t) for t in tensors]
         copy(tensors, self._copies)
         return self._copies
 

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from sam_lightning.optim.norms import without_nan_
-from sam_lightning.optim.shards import whole
+from sam_lightning.optim.shards import are_sharded, whole
 
+_PART = 2**20  # entries
 _FUSED = (torch.float32, torch.float16, torch.bfloat16)  # its learning rate is a float32
 
 
@@ -86,9 +87,22 @@ def add_(targets: list[Tensor], vectors: Sequence[Tensor], factor: float) -> Non
 
 def _alike(tensors: list[Tensor]) -> bool:
     first = tensors[0]
-    return first.dtype in _FUSED and all(
-        t.dtype is first.dtype and t.device == first.device and not hasattr(t, "to_local") for t in tensors
+    return (
+        first.dtype in _FUSED
+        and not any(are_sharded(tensors))
+        and all(t.dtype is first.dtype and t.device == first.device for t in tensors)
     )
+
+
+def parts_of(tensors: list[Tensor]) -> list[slice]:
+    """Slices of a list with few entries each, so that what is made of one part is small and stays in the cache."""
+    cuts, entries = [0], 0
+    for i, tensor in enumerate(tensors):
+        entries += tensor.numel()
+        if entries > _PART:
+            cuts, entries = [*cuts, i + 1], 0
+    ends = [*cuts[1:], len(tensors)]
+    return [slice(a, b) for a, b in zip(cuts, ends, strict=True) if a < b]
 
 
 @torch.no_grad()

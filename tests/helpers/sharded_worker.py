@@ -56,19 +56,29 @@ def train_plainly(case, base):
     groups, *_ = several_groups(list(net.named_parameters()))
     optimizer = case.make(groups, BASES[base][0], rho=0.3)
     for _ in range(20):
-        optimizer.zero_grad()
+        step(optimizer, net)
+    return weights(net)
+
+
+def step(optimizer, net):
+    """As in `cases`, but through the module's `forward`, where FSDP2 gathers."""
+    optimizer.zero_grad()
+    if optimizer.needs_first_gradient:
         backward(net)
-        with optimizer.perturbed():
+    with optimizer.perturbed() as perturbs:
+        if perturbs:
             optimizer.zero_grad()
             backward(net)
-        optimizer.step()
-    return weights(net)
+    optimizer.step()
 
 
 def look_inside(case, bad=None):
     """Norm and displacement over all shards, and what is left behind; `bad`: a value in one rank's gradient."""
     net = sharded_net()
     optimizer = case.make(net.named_parameters(), BASES["momentum"][0], rho=0.3)
+    if not case.has_first_pass:
+        step(optimizer, net)
+        optimizer.zero_grad()
     backward(net)
     grads = [p.grad for p in net.parameters() if p.grad is not None]
     if bad is not None and RANK == 1:
@@ -88,12 +98,7 @@ def at_learning_rate_zero(case):
     optimizer = case.make(net.named_parameters(), lambda p: torch.optim.SGD(p, lr=0.0), rho=0.3)
     before = parts(net)
     for _ in range(30):
-        optimizer.zero_grad()
-        backward(net)
-        with optimizer.perturbed():
-            optimizer.zero_grad()
-            backward(net)
-        optimizer.step()
+        step(optimizer, net)
     return all(torch.equal(a, b) for a, b in zip(parts(net), before, strict=True))
 
 

@@ -6,11 +6,9 @@ import re
 import pytest
 import torch
 
-from cases import BASES, CASES, Net, displaced, length, ready, several_groups, step
+from cases import BASES, Net, displaced, every_case, every_two_pass_case, length, ready, several_groups, step
 from launch import two_ranks
 from regression import SAM_SGD, SGD, Tied, assert_same, bare_loop, loader, make_network, state_of
-
-every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +46,7 @@ def test_the_norm_and_the_displacement_go_over_all_shards(ranks, case, on):
             torch.testing.assert_close(sharded, whole, rtol=0, atol=1e-12)
 
 
-@every_case
+@every_two_pass_case
 @pytest.mark.parametrize("on", [(), ("accelerator",)], ids=["cpu", "accelerator-branch"])
 def test_a_gradient_that_is_not_finite_in_one_shard_moves_none(ranks, case, on):
     for rank in ranks:
