@@ -1,5 +1,6 @@
 """A run's settings, and where two runs differ in what they train."""
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -61,8 +62,13 @@ def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[tuple
 
 def as_text(found: Sequence[tuple[str, Any, Any]], where: str) -> str:
     """Differences for people: a line each, or all in one line if there are more than three."""
-    said = [f"{key}: {there} {where}, {here} here" for key, there, here in found]
+    said = [f"{key}: {_word(there)} {where}, {_word(here)} here" for key, there, here in found]
     return "\n".join(f"  {line}" for line in said) if len(said) <= 3 else f"  {'; '.join(said)}"
+
+
+def _word(value: Any) -> str:
+    """A value as a configuration file has it."""
+    return json.dumps(value) if value is None or isinstance(value, bool) else str(value)
 
 
 def hparams_of(config: Mapping[str, Any] | None) -> dict[str, Any]:
