@@ -3,15 +3,17 @@
 import random
 from collections import deque
 from collections.abc import Callable
+from types import FunctionType, MethodType
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 Restore = Callable[[], None]
 
 SMALL = 2**20  # bytes up to which a tensor or an array is copied in every step rather than watched
+_IMMUTABLE = frozenset({int, float, bool, str, bytes, type(None), FunctionType, MethodType, torch.device, torch.dtype})
 _LONG = 10_000  # elements beyond which a list is taken for one that only grows, and a dictionary is left alone
 
 
@@ -20,13 +22,14 @@ def is_small(tensor: Tensor) -> bool:
     return tensor.numel() * tensor.element_size() <= SMALL
 
 
-@torch.no_grad()
 def restorer(value: Any) -> Restore | None:
     """A function that gives `value` the contents that it has now; `None` where nothing in it can change.
 
     Looks into lists, dictionaries, sets and deques, NumPy arrays of up to 1 MiB, tensors in dictionaries, and random
     number generators of torch, NumPy and Python. Longer lists are cut to their length.
     """
+    if type(value) in _IMMUTABLE or isinstance(value, Tensor | nn.Module):
+        return None
     if isinstance(value, list):
         return _of_list(value)
     if isinstance(value, dict):
@@ -101,7 +104,7 @@ def _of_array(value: np.ndarray[Any, Any]) -> Restore:
 def _of_tensor(value: Any) -> Restore | None:
     if not isinstance(value, Tensor) or value.requires_grad or not is_small(value):
         return None
-    copied = value.clone()
+    copied = value.detach().clone()
 
     @torch.no_grad()
     def restore() -> None:

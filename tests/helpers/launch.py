@@ -16,7 +16,7 @@ def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
-def two_ranks(worker: str, folder: Path, *words: str, timeout: float = 120) -> list:
+def two_ranks(worker: str, folder: Path, *words: str, timeout: float = 900) -> list:
     """Runs `tests/helpers/<worker>` as ranks 0 and 1; what each has saved as `rank<n>.pt` in `folder`."""
     command = [*TORCHRUN, "--nproc-per-node=2", "--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0"]
     command += [str(ROOT / "tests/helpers" / worker), str(folder), *words]
