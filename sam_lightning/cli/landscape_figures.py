@@ -44,7 +44,7 @@ def planes(axes: Sequence[Sequence[float]], losses: Mapping[str, np.ndarray], ca
             panel.locator_params(nbins=5)
             panel.grid(visible=False)
         panels[0].set_ylabel("Second direction")
-        bar = figure.colorbar(filled, ax=list(panels), format="%.2g", ticks=levels[::3])
+        bar = figure.colorbar(filled, ax=list(panels), format="%.3g", ticks=levels[::3])
         bar.set_label("Training loss")
         bar.minorticks_off()
         figure.supxlabel(caption, fontsize=7, color="0.3")
