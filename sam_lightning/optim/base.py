@@ -33,20 +33,24 @@ class SharpnessAware(Perturbation):
     a group may bring its own, and a group with `rho=0` is not perturbed. Where the base has a `rho` of its
     own, such as Adadelta's decay, the radius is the key `sam_rho`, and `rho` stays the base's.
 
-    Add a method: one file with one class, and one row of tests. The class has
+    Add a method: one file with one class, its name in two `__init__.py`, a block in `configs/optimizers/`, and one
+    row of tests. The class has
 
-    - `displacement(weights, grads)`: e for rho = 1, and often nothing else;
+    - `displacement(weights, grads)`: e for rho = 1, and often nothing else. Of a vector and a factor make
+      `Scaled`, which needs no memory; its factor must be 0 where a gradient is not finite, as `reciprocal` of a
+      `global_norm` is;
     - `__init__(params, base, rho=..., every=1, **base_options)`, which keeps its own options as public
       attributes and calls `super().__init__`;
     - where both gradients decide what descends: `descent`, with `keeps_first_gradient = True` if it needs the
       first one, or `blend` if it is a fixed mixture of the two, which needs no memory;
     - where something lasts from step to step: `memory`, its name in the state, `recall` to read it and
-      `remember` to renew it;
+      `remember` to renew it, without the `loss_scale` of the gradients;
     - `needs_mean_gradient = True` if the processes would drift apart unless they share the first gradient;
     - `needs_first_gradient = False` if e comes from elsewhere: one pass.
 
-    The row in `CASES` of the tests names the class, its options and its formula in slow scalar float64, and
-    runs every test of the contract on it. `FriendlySAM` is a short example with everything but `descent`.
+    The row in `CASES` of `tests/helpers/cases.py` names the class, its options and its formula, written out in
+    float64 in `oracle_methods.py`, and runs every test of the contract on it. `FriendlySAM` is a short example
+    with everything but `descent`.
 
     Args:
         params: Parameters, `(name, parameter)` pairs, or group dictionaries, as torch optimizers take them.

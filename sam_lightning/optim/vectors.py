@@ -80,7 +80,10 @@ def add_(targets: list[Tensor], vectors: Sequence[Tensor], factor: float) -> Non
             found_inf=(scale == 0).float(),
         )
     else:
-        scaled = list(torch._foreach_mul(vectors, scale))
+        if any(v.device != scale.device for v in vectors):
+            scaled = [v * scale.to(v.device) for v in vectors]
+        else:
+            scaled = list(torch._foreach_mul(vectors, scale))
         without_nan_(scaled)
         torch._foreach_add_(targets, scaled)
 
@@ -89,6 +92,7 @@ def _alike(tensors: list[Tensor]) -> bool:
     first = tensors[0]
     return (
         first.dtype in _FUSED
+        and first.device.type in ("cpu", "cuda")
         and not any(are_sharded(tensors))
         and all(t.dtype is first.dtype and t.device == first.device for t in tensors)
     )

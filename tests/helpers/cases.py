@@ -15,12 +15,13 @@ from sam_lightning import ASAM, GSAM, MSAM, SAM, WSAM, FriendlySAM, LookSAM, VaS
 
 @dataclass(frozen=True)
 class Case:
-    """A method, its options, and its formula written out."""
+    """A method, its options, its formula written out, and whether its e has length rho (in units of T, for ASAM)."""
 
     name: str
     optimizer: type
     oracle: Any
     options: dict[str, Any] = field(default_factory=dict)
+    reaches_the_ball: bool = True
 
     def make(self, params, base, **more):
         return self.optimizer(params, base=base, **{**self.options, **more})

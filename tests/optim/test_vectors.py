@@ -1,0 +1,87 @@
+"""Algebra over lists of tensors, with factors that the host knows and with those that it does not."""
+
+import math
+
+import pytest
+import torch
+
+from sam_lightning.optim.vectors import Scaled, add_, inner_product, parts_of
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.complex64)
+
+
+def make(dtype, *shapes):
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("as_tensor", [False, True])
+@pytest.mark.parametrize("factor", [0.37, -2.0, 0.0])
+def test_targets_get_a_multiple_of_vectors(dtype, as_tensor, factor):
+    targets, vectors = make(dtype, (3, 4), (5,), ()), make(dtype, (3, 4), (5,), ())
+    before, given = [t.clone() for t in targets], [v.clone() for v in vectors]
+    known = torch.tensor(factor, dtype=torch.float64 if dtype is torch.float64 else torch.float32)
+    add_(targets, Scaled(vectors, known if as_tensor else factor), 0.5)
+    exact = torch.float64 if dtype is not torch.complex64 else torch.complex128
+    for t, b, v, g in zip(targets, before, vectors, given, strict=True):
+        assert torch.equal(v, g)
+        assert t.dtype is dtype
+        torch.testing.assert_close(t.to(exact), b.to(exact) + 0.5 * factor * v.to(exact), rtol=1e-2, atol=1e-2)
+        if factor == 0:
+            assert torch.equal(t, b)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("as_tensor", [False, True])
+@pytest.mark.parametrize("bad", [math.inf, math.nan])
+def test_a_factor_of_0_is_nothing_even_of_what_is_not_finite(dtype, as_tensor, bad):
+    targets, vectors = make(dtype, (3,)), make(dtype, (3,))
+    vectors[0][1] = bad
+    before = targets[0].clone()
+    scaled = Scaled(vectors, torch.tensor(0.0) if as_tensor else 0.0)
+    add_(targets, scaled, 0.5)
+    assert torch.equal(targets[0], before)
+    assert scaled[0].abs().max() == 0
+
+
+@pytest.mark.parametrize("as_tensor", [False, True])
+def test_float16_takes_factors_beyond_its_range(as_tensor):
+    targets, vectors = [torch.ones(3, dtype=torch.half)], [torch.full((3,), 1e-6, dtype=torch.half)]
+    add_(targets, Scaled(vectors, torch.tensor(5e5) if as_tensor else 5e5), 1.0)
+    assert targets[0].tolist() == pytest.approx([1 + vectors[0][0].item() * 5e5] * 3, rel=1e-3)
+
+
+def test_a_scaled_list_is_a_list_of_products():
+    vectors = make(torch.float64, (3,), (2, 2))
+    scaled = Scaled(vectors, 0.25)
+    assert len(scaled) == 2
+    for product, vector in zip(scaled, vectors, strict=True):
+        assert torch.equal(product, 0.25 * vector)
+    assert torch.equal(scaled[1:][0], 0.25 * vectors[1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_inner_products(dtype):
+    a, b = make(dtype, (30, 4), (5,)), [t.flip(0) for t in make(dtype, (30, 4), (5,))]
+    if dtype.is_complex:
+        a, b = [t * (1 + 2j) for t in a], [t * (3 - 1j) for t in b]
+    wide = torch.complex128 if dtype.is_complex else torch.float64
+    exact = sum((u.to(wide) * v.to(wide).conj()).real.sum().item() for u, v in zip(a, b, strict=True))
+    assert inner_product(a, b).item() == pytest.approx(exact, rel=1e-4)
+    assert inner_product([], []).item() == 0.0
+
+
+def test_half_products_neither_vanish_nor_overflow():
+    for value in (1e-5, 3e2):
+        x = [torch.full((100,), value, dtype=torch.half)]
+        assert inner_product(x, x).item() == pytest.approx(100 * x[0][0].item() ** 2, rel=1e-4)
+
+
+@pytest.mark.parametrize("sizes", [[], [1], [2**21], [2**19] * 7, [10, 2**21, 10, 2**21]])
+def test_parts_cover_a_list_in_order(sizes):
+    tensors = [torch.empty(size, device="meta") for size in sizes]
+    parts = parts_of(tensors)
+    together = [t for part in parts for t in tensors[part]]
+    assert all(a is b for a, b in zip(together, tensors, strict=True))
+    assert all(sum(t.numel() for t in tensors[part][:-1]) <= 2**20 for part in parts)
