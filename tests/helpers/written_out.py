@@ -12,6 +12,7 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -177,7 +178,8 @@ def assert_same(sharp: Run, reference: Run, tolerance: float = 1e-10) -> None:
     assert not far, f"of weights that moved {moved:.2g}, too far from the written-out loop: {far}"
     assert sharp.module.state_dict().keys() == reference.module.state_dict().keys()
     assert len(sharp.rates) == len(reference.rates)
-    assert np.allclose(sharp.rates, reference.rates, rtol=1e-12, atol=0), f"{sharp.rates} instead of {reference.rates}"
+    for here_now, there_now in zip(sharp.rates, reference.rates, strict=True):
+        assert here_now == pytest.approx(there_now, rel=1e-12), f"{sharp.rates} instead of {reference.rates}"
     _assert_contains(sharp.trainer.callback_metrics, reference.trainer.callback_metrics)
     rows: dict[int, dict[str, float]] = {}
     for step, metrics in sharp.logged:

@@ -52,4 +52,4 @@ def test_temporal_fusion_transformer(forecasting, tmp_path):
             "val_dataloaders": series.to_dataloader(train=False, batch_size=8),
         }
 
-    assert_sharp(task, windows, tmp_path, doors=["callback", "base class behind"])
+    assert_sharp(task, windows, tmp_path)
