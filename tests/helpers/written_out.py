@@ -46,7 +46,7 @@ class WrittenOut:
         with torch.no_grad():
             for p in groups:
                 if p.grad is not None:
-                    twins[p].add_(self.rho * p.grad / norm)
+                    twins[p].copy_(p + self.rho * p.grad / norm)  # w is where the first pass left it
         self.twin.zero_grad()
         self.twin.log = lambda *args, **kwargs: None
         after = random_states()
