@@ -75,8 +75,9 @@ class Hessian:
             retain_graph=True,
             materialize_grads=True,
         )
-        for sum_, t, part in zip(torch.split(product, sizes), objective.T, parts, strict=True):
-            sum_.view_as(t).addcmul_(t, real(part), value=share)
+        with torch.no_grad():  # torch 2.8 refuses to change a view that was made without gradients
+            for sum_, t, part in zip(torch.split(product, sizes), objective.T, parts, strict=True):
+                sum_.view_as(t).addcmul_(t, real(part), value=share)
         return product
 
     def inner(self, vectors: Tensor, vector: Tensor) -> Tensor:

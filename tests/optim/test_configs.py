@@ -16,7 +16,8 @@ FILES = sorted((Path(__file__).parents[2] / "configs/optimizers").glob("*.yaml")
 def build(block):
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--optimizer", type=OptimizerCallable)
-    made = parser.instantiate(parser.parse_object({"optimizer": block}))
+    instantiate = getattr(parser, "instantiate", None) or parser.instantiate_classes  # its older name
+    made = instantiate(parser.parse_object({"optimizer": block}))
     return made.optimizer(list(Net().named_parameters()))
 
 
