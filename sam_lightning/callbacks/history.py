@@ -7,6 +7,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from sam_lightning.callbacks.validated import ValidationMetrics
+from sam_lightning.training import SharpnessAwareTraining
 
 LOSS = "train/loss_epoch"
 
@@ -18,6 +19,7 @@ class EpochHistory(Callback):
         epochs: For each epoch its number from 1, `seconds` (validation included), `train/loss_epoch`, and what was
             validated in it, by the module's names. A module that does not log `train/loss_epoch` gets the mean over
             batches of what its training steps returned as loss; there is none if they return no loss.
+            `gradients_per_step` is the mean number of passes of a batch: 2 for SAM, 1.2 for SAM in every fifth step.
     """
 
     def __init__(self) -> None:
@@ -28,15 +30,24 @@ class EpochHistory(Callback):
         self._started = 0.0
         self._loss: Tensor | float = 0.0  # the sum over the epoch's batches
         self._batches = 0
+        self._gradients = 0
+        self._steps = 0
 
     def state_dict(self) -> dict[str, Any]:
         """The rows so far, and the losses of the epoch that has begun."""
-        return {"epochs": self.epochs, "loss": float(self._loss), "batches": self._batches}
+        return {
+            "epochs": self.epochs,
+            "loss": float(self._loss),
+            "batches": self._batches,
+            "gradients": self._gradients,
+            "steps": self._steps,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Goes on behind the checkpoint's rows."""
         self.epochs = list(state_dict["epochs"])
         self._loss, self._batches = state_dict.get("loss", 0.0), state_dict.get("batches", 0)
+        self._gradients, self._steps = state_dict.get("gradients", 0), state_dict.get("steps", 0)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Completes the row of the epoch before."""
@@ -52,6 +63,8 @@ class EpochHistory(Callback):
         if isinstance(loss, Tensor):
             self._loss = self._loss + loss.detach()
             self._batches += 1
+        self._gradients += _passes(trainer)
+        self._steps += 1
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Remembers what was logged before."""
@@ -66,7 +79,9 @@ class EpochHistory(Callback):
         row = {"epoch": trainer.current_epoch + 1, "seconds": perf_counter() - self._started, **self._validated}
         if self._batches:
             row[LOSS] = float(trainer.strategy.reduce(self._loss / self._batches, reduce_op="mean"))
-        self._loss, self._batches = 0.0, 0
+        if self._steps:
+            row["gradients_per_step"] = self._gradients / self._steps
+        self._loss, self._batches, self._gradients, self._steps = 0.0, 0, 0, 0
         self.epochs.append(row)
         self._is_open = True
 
@@ -82,3 +97,10 @@ class EpochHistory(Callback):
         if self._is_open and LOSS in trainer.callback_metrics:
             self.epochs[-1][LOSS] = float(trainer.callback_metrics[LOSS])
         self._is_open = False
+
+
+def _passes(trainer: Trainer) -> int:
+    """How many gradients the last batch took."""
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # of a part of the trainer
+    found = (callback.last_step.passes for callback in callbacks if isinstance(callback, SharpnessAwareTraining))
+    return next(found, 1)

@@ -65,6 +65,7 @@ class MeasuringTrainer(Trainer):
         content = {
             "checkpoint": str(ckpt_path),
             "samples": sum(map(samples_in, batches)),
+            "samples_asked": samples,
             "settings": asdict(settings),
             "measures": {name: {"value": v, "standard_error": error} for name, (v, error) in found.rows().items()},
             "conditions": {

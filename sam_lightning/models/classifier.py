@@ -9,6 +9,7 @@ from torch.nn.functional import cross_entropy
 from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy
 
+from sam_lightning.optim import Params, RadiusSchedule, norm_layers_only
 from sam_lightning.training.module import SharpnessAwareModule
 
 Batch = tuple[Tensor, Tensor]  # images (B, C, H, W), labels (B,)
@@ -53,6 +54,8 @@ class ImageClassifier(SharpnessAwareModule):
         sync_perturbation: Whether all processes climb along their mean gradient.
         channels_last: Keeps weights and images with the channels innermost in memory, which convolutions on CPUs
             and in half precision on GPUs like better. Changes the last bits of results.
+        norm_layers_only: Has the optimizer perturb normalisation layers alone (SAM-ON).
+        radius: A schedule of the radius, such as `sam_lightning.optim.late`.
         compile_network: Has torch.compile make one program of the network, for minutes at the start of a training
             or evaluation; measures of sharpness run it as it is. Changes the last bits of results.
     """
@@ -68,6 +71,8 @@ class ImageClassifier(SharpnessAwareModule):
         batch_norm_stats: Literal["first", "both"] = "first",
         sync_perturbation: bool = False,
         channels_last: bool = False,
+        norm_layers_only: bool = False,
+        radius: RadiusSchedule | None = None,
         compile_network: bool = False,
     ) -> None:
         super().__init__(
@@ -77,6 +82,7 @@ class ImageClassifier(SharpnessAwareModule):
             micro_batches=micro_batches,
             batch_norm_stats=batch_norm_stats,
             sync_perturbation=sync_perturbation,
+            radius=radius,
         )
         if not 0 <= label_smoothing < 1:
             raise ValueError(f"label_smoothing must be in [0, 1), got {label_smoothing!r}.")
@@ -84,10 +90,15 @@ class ImageClassifier(SharpnessAwareModule):
         self.network = network.to(memory_format=torch.channels_last) if channels_last else network
         if compile_network:
             self.network.compile()  # unlike torch.compile(network) it keeps the names in checkpoints
+        self.norm_layers_only = norm_layers_only
         self.label_smoothing = label_smoothing
         self.eval_loss = SampleMean()
         # Micro-averaged top 1 needs no number of classes; its checks of every batch would wait for the GPU.
         self.eval_accuracy = MulticlassAccuracy(average="micro", validate_args=False)
+
+    def parameter_groups(self) -> Params:
+        """The named parameters; with `norm_layers_only` in two groups."""
+        return norm_layers_only(self) if self.norm_layers_only else super().parameter_groups()
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, K) of images (B, C, H, W)."""

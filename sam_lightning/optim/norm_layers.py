@@ -13,7 +13,7 @@ NORM_LAYERS: tuple[type[nn.Module], ...] = (
 
 
 def norm_layers_only(
-    module: nn.Module, rho: float, layers: tuple[type[nn.Module], ...] = NORM_LAYERS
+    module: nn.Module, rho: float | None = None, layers: tuple[type[nn.Module], ...] = NORM_LAYERS
 ) -> list[dict[str, Any]]:
     r"""Two groups of named parameters: of normalisation layers with radius `rho`, and all others with 0.
 
@@ -23,7 +23,7 @@ def norm_layers_only(
 
     Args:
         module: The network.
-        rho: Radius in the space of the normalisation layers' weights and biases, L2.
+        rho: Radius in the space of the normalisation layers' weights and biases, L2; by default the optimizer's.
         layers: The classes that count as normalisation layers.
 
     Raises:
@@ -49,6 +49,8 @@ def norm_layers_only(
             f"{type(module).__name__} has no normalisation layer with parameters: pass the classes of yours as layers."
         )
     named = list(module.named_parameters())
-    groups: list[dict[str, Any]] = [{"params": [(n, p) for n, p in named if p in inside], "rho": rho}]
+    groups: list[dict[str, Any]] = [{"params": [(n, p) for n, p in named if p in inside]}]
+    if rho is not None:
+        groups[0]["rho"] = rho
     others = [(n, p) for n, p in named if p not in inside]
     return [*groups, {"params": others, "rho": 0.0}] if others else groups

@@ -11,22 +11,22 @@ from contextlib import contextmanager
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
+from statistics import mean
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from torch.optim import Optimizer
 
 import sam_lightning
 from sam_lightning.callbacks import EpochHistory, WeightHistograms
 from sam_lightning.callbacks.sharpness_monitor import SharpnessMonitor
 from sam_lightning.cli import CLI, main
-from sam_lightning.optim import SharpnessAware
 from sam_lightning.runs.directory import read_checkpoint
 from sam_lightning.runs.files import replacing
 from sam_lightning.runs.fresh_start import has_checkpoints
+from sam_lightning.studies.measuring import Measuring
 from sam_lightning.studies.runs import RESULT, WEIGHTS
 
 C = TypeVar("C", bound=Callback)
@@ -34,25 +34,32 @@ C = TypeVar("C", bound=Callback)
 _QUIET = ["--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false"]
 
 
-def execute(words: Sequence[str], directory: Path, callbacks: Iterable[Callback] = ()) -> None:
-    """Trains what is missing of a run, tests it, and writes its result.
+def execute(
+    words: Sequence[str], directory: Path, callbacks: Iterable[Callback] = (), sharpness: Measuring | None = None
+) -> None:
+    """Trains what is missing of a run, tests it, measures it, and writes its result.
 
-    Goes on from the run's own last checkpoint. A run that has its result is left as it is; one that another
-    process is at is waited for.
+    Goes on from the run's own last checkpoint. A run that has its result is measured, if that is missing, and left as
+    it is; one that another process is at is waited for.
 
     Args:
         words: A `fit` command without the run's directory.
         directory: The run's directory.
         callbacks: What else watches the training.
+        sharpness: What is measured at its end.
     """
     with _alone_in(directory):
         if (directory / RESULT).is_file():
+            if sharpness is not None and not sharpness.is_done(directory):
+                main(sharpness.command(directory))
             return
         how = ["--ckpt_path", "last"] if has_checkpoints(directory) else ["--overwrite"]
         where = ["--trainer.default_root_dir", str(directory)]
         cli = main([*words, *where, *_QUIET, *how], callbacks)
         _save_weights(cli.trainer, cli.model, directory)  # before the best checkpoint is loaded for its test
         result = {**_outcome(cli), "command": [*words, *where], "conditions": _conditions(cli.trainer)}
+        if sharpness is not None:
+            main(sharpness.command(directory))
         with replacing(directory / RESULT) as draft:
             draft.write_text(json.dumps(result, indent=1))
 
@@ -108,15 +115,8 @@ def _outcome(cli: CLI) -> dict[str, Any]:
         "best": best,
         "selected_on": "test" if tests_in_validation else "validation",
         "sharpness": sharpness,
-        "gradients_per_step": _gradients_per_step(trainer.optimizers[0]),
+        "gradients_per_step": mean(row["gradients_per_step"] for row in epochs),
     }
-
-
-def _gradients_per_step(optimizer: Optimizer) -> float:
-    """The mean number of gradients that a step takes: 2 for SAM, 1.2 for SAM in every fifth step, 1 for MSAM."""
-    if isinstance(optimizer, SharpnessAware) and optimizer.needs_first_gradient:
-        return 1 + 1 / optimizer.every
-    return 1
 
 
 def _save_weights(trainer: Trainer, module: LightningModule, directory: Path) -> None:

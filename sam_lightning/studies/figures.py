@@ -36,6 +36,8 @@ def draw(study: Study, results: Results) -> dict[str, Figure]:
         drawn = {name: kinds[kind](study, results) for name, kind in study.figures.items()}
         if len(results.sharpness):
             drawn["sharpness"] = sharpness_and_accuracy(study, results)
+        if len(results.sharpness_epochs):
+            drawn["sharpness-epochs"] = sharpness_by_epoch(study, results)
     return {name: figure for name, figure in drawn.items() if figure is not None}
 
 
@@ -142,6 +144,13 @@ def sharpness_and_accuracy(study: Study, results: Results) -> Figure:
         panel.set_ylabel("Test accuracy (%)")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=len(study.arms))
     return figure
+
+
+def sharpness_by_epoch(study: Study, results: Results) -> Figure:
+    """The largest eigenvalue of the Hessian where it was measured during training, logarithmic."""
+    measured = results.sharpness_epochs
+    of_it = measured[(measured.measure == "largest_eigenvalue") & (measured.value > 0)]
+    return _curves(study, of_it, "Largest eigenvalue", logarithmic=True)
 
 
 def _evaluated(results: Results) -> str:

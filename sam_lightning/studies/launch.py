@@ -12,7 +12,7 @@ from pathlib import Path
 from sam_lightning.studies.devices import environments
 from sam_lightning.studies.pool import Pool, last_lines
 from sam_lightning.studies.progress import Display
-from sam_lightning.studies.runs import LOG, RESULT, Run, directory_of, runs_of, select
+from sam_lightning.studies.runs import LOG, Run, directory_of, runs_of, select
 from sam_lightning.studies.spec import Study, StudyError
 
 
@@ -27,7 +27,7 @@ def launch(study: Study, options: argparse.Namespace) -> int:
         for run in runs:
             print(f"OMP_NUM_THREADS={options.threads} sam-lightning {shlex.join(run.command(options.root))}")
         return 0
-    todo = [run for run in runs if not (options.root / run.name / RESULT).is_file()]
+    todo = [run for run in runs if not run.is_finished(options.root)]
     print(f"{study.question} {len(runs)} runs in {options.root}, {len(todo)} to do.", flush=True)
     if options.launcher == "slurm":
         from sam_lightning.studies.slurm import submit  # an optional extra
@@ -41,7 +41,7 @@ def launch(study: Study, options: argparse.Namespace) -> int:
     try:
         failed = _execute(runs, todo, study, options)
     except KeyboardInterrupt:
-        done = sum((options.root / run.name / RESULT).is_file() for run in runs)
+        done = sum(run.is_finished(options.root) for run in runs)
         print(f"\ninterrupted: {done} of {len(runs)} runs are done; the same command goes on.", file=sys.stderr)
         return 130
     if len(failed) < len(runs):

@@ -9,11 +9,11 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from sam_lightning.studies.runs import LOG, RESULT, Run
+from sam_lightning.studies.runs import LOG, Run
 
 ATTEMPTS = 2
 
@@ -171,10 +171,11 @@ class Pool:
         self._workers[i] = Worker(self._environments[i])
 
     def _finishes(self, i: int, run: Run, root: Path, events: "queue.SimpleQueue[Any]") -> bool:
-        for answer in self._workers[i].ask(words=run.words, directory=str(root / run.name)):
+        sharpness = run.sharpness and asdict(run.sharpness)
+        for answer in self._workers[i].ask(words=run.words, directory=str(root / run.name), sharpness=sharpness):
             if "epoch" in answer:
                 events.put(Event(run, "epoch", answer["epoch"]))
-        return (root / run.name / RESULT).is_file()
+        return run.is_finished(root)
 
 
 def last_lines(run: Run, root: Path, count: int = 12) -> list[str]:

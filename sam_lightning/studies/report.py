@@ -19,9 +19,9 @@ def outcomes(results: Results, equal_compute: bool) -> pd.DataFrame:
 
     At full length, `best` and `last` are test accuracies. At equal compute every run is cut to the number of epochs
     that costs as many gradients as the cheapest run of all: SAM, with two gradients a step, to its first half; a run
-    with a fraction of a gradient more per step to the last whole epoch before. Then
-    `best` and `last` are accuracies on the set that was evaluated after every epoch; learning rate schedules are cut,
-    not shortened.
+    with a fraction of a gradient more per step to the last whole epoch before; one that perturbs late only by what it
+    has cost until then. Then `best` and `last` are accuracies on the set that was evaluated after every epoch; learning
+    rate schedules are cut, not shortened.
 
     Args:
         results: The runs.
@@ -32,8 +32,14 @@ def outcomes(results: Results, equal_compute: bool) -> pd.DataFrame:
         return runs[["cell", "seed", "epochs", *_METRICS]]
     gradients = runs.gradients_per_step
     unit = math.lcm(*(int(n) for n in gradients if n == int(n)))  # whole epochs of every arm with one or two a step
-    budget = int((gradients * runs.epochs).min()) // unit * unit
-    return _by_epochs(results, (budget / gradients + 1e-9).astype(int))
+    budget = int((gradients * runs.epochs).min() + 1e-6) // unit * unit
+    epochs = results.epochs.merge(runs[["cell", "seed"]].assign(mean=gradients), on=["cell", "seed"])
+    epochs = epochs.sort_values("epoch")
+    own = epochs["gradients_per_step"] if "gradients_per_step" in epochs else epochs["mean"]  # of older results
+    spent = own.astype(float).fillna(epochs["mean"]).groupby([epochs.cell, epochs.seed]).cumsum()
+    affordable = epochs[spent <= budget + 1e-6].groupby(["cell", "seed"]).epoch.max()
+    length = runs.merge(affordable.rename("length").reset_index(), on=["cell", "seed"], how="left").length
+    return _by_epochs(results, length.fillna(0).set_axis(runs.index))
 
 
 def validated(results: Results) -> pd.DataFrame:

@@ -27,15 +27,18 @@ class Results:
     Args:
         runs: A row per run: `cell` (its label), `seed`, the conditions, `best` and `last` (test accuracy at the best
             and at the last epoch), `best_epoch`, `train_loss` (of the last epoch), `seconds`.
-        epochs: A row per run and epoch: `train_loss`, and `accuracy` and `loss` on the set that was evaluated.
+        epochs: A row per run and epoch: `train_loss`, and `accuracy` and `loss` on the set that was evaluated, and
+            `gradients_per_step`.
         weights: Histograms of the final weights: a row per run, parameter and bin, with bins shared by all runs.
         sharpness: A row per measured run and measure: `value`, `standard_error`, `samples`.
+        sharpness_epochs: What was measured during training: a row per run, epoch and measure, `value`.
     """
 
     runs: pd.DataFrame
     epochs: pd.DataFrame
     weights: pd.DataFrame
     sharpness: pd.DataFrame = field(default_factory=pd.DataFrame)
+    sharpness_epochs: pd.DataFrame = field(default_factory=pd.DataFrame)
 
 
 def collect(study: Study, root: Path) -> Results:
@@ -47,6 +50,7 @@ def collect(study: Study, root: Path) -> Results:
     runs: list[dict[str, Any]] = []
     epochs: list[dict[str, Any]] = []
     sharpness: list[dict[str, Any]] = []
+    sharpness_epochs: list[dict[str, Any]] = []
     weights: dict[tuple[str, int, str], np.ndarray] = {}
     for run in runs_of(study):
         path = root / run.name / RESULT
@@ -57,6 +61,12 @@ def collect(study: Study, root: Path) -> Results:
             content = json.loads(path.read_text())
             runs.append({**key, **_run_row(content)})
             epochs += [{**key, **_epoch_row(row)} for row in content["epochs"]]
+            sharpness_epochs += [
+                {**key, "epoch": row["epoch"], "measure": name, "value": value}
+                for row in content.get("sharpness", ())
+                for name, value in row.items()
+                if name != "epoch"
+            ]
             if (path.parent / WEIGHTS).is_file():
                 with np.load(path.parent / WEIGHTS, allow_pickle=False) as file:
                     weights |= {(run.cell.label, run.seed, name): file[name].ravel() for name in file.files}
@@ -65,8 +75,15 @@ def collect(study: Study, root: Path) -> Results:
                 f"{path} cannot be read ({type(error).__name__}: {error}). Remove it and run the study again: the "
                 "run goes on from its last checkpoint."
             ) from error
-        sharpness += [{**key, **row} for row in rows_of(path.parent)]
-    return Results(pd.DataFrame(runs), pd.DataFrame(epochs), _histograms(weights), pd.DataFrame(sharpness))
+        if run.sharpness is None or run.sharpness.is_done(path.parent):  # else it was measured otherwise
+            sharpness += [{**key, **row} for row in rows_of(path.parent)]
+    return Results(
+        pd.DataFrame(runs),
+        pd.DataFrame(epochs),
+        _histograms(weights),
+        pd.DataFrame(sharpness),
+        pd.DataFrame(sharpness_epochs),
+    )
 
 
 def missing(study: Study, results: Results) -> list[str]:
@@ -127,7 +144,8 @@ def _run_row(content: dict[str, Any]) -> dict[str, Any]:
 
 def _epoch_row(row: dict[str, float]) -> dict[str, Any]:
     names = {"train_loss": "train/loss_epoch", "accuracy": "val/accuracy", "loss": "val/loss", "seconds": "seconds"}
-    return {"epoch": row["epoch"], **{column: row.get(name) for column, name in names.items()}}
+    found = {"epoch": row["epoch"], **{column: row.get(name) for column, name in names.items()}}
+    return {**found, "gradients_per_step": row.get("gradients_per_step")}
 
 
 def _histograms(weights: dict[tuple[str, int, str], np.ndarray]) -> pd.DataFrame:

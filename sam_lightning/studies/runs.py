@@ -10,6 +10,7 @@ from typing import Any
 
 from sam_lightning.runs import configs
 from sam_lightning.runs.settings import FREE_OF_CONSEQUENCE
+from sam_lightning.studies.measuring import Measuring
 from sam_lightning.studies.spec import FOLDER, Cell, Study, StudyError, read_yaml, short, word_of
 
 # What the directory of a finished run holds besides what `fit` writes.
@@ -28,16 +29,23 @@ class Run:
         seed: The seed of weights, data order and augmentation.
         words: The command behind `sam-lightning`, without the run's directory.
         name: Of that directory; equal for equal runs, whichever study they belong to.
+        sharpness: What is measured of it.
     """
 
     cell: Cell
     seed: int
     words: tuple[str, ...]
     name: str
+    sharpness: Measuring | None = None
 
     def command(self, root: Path) -> list[str]:
         """The whole command behind `sam-lightning`."""
         return [*self.words, "--trainer.default_root_dir", str(root / self.name)]
+
+    def is_finished(self, root: Path) -> bool:
+        """Whether it has its result, and was measured as its study asks."""
+        folder = root / self.name
+        return (folder / RESULT).is_file() and (self.sharpness is None or self.sharpness.is_done(folder))
 
 
 def runs_of(study: Study) -> list[Run]:
@@ -96,7 +104,8 @@ def _run(study: Study, cell: Cell, seed: int, layers: list[Path]) -> Run:
     words += ["--model.optimizer", configs.as_typed(optimizer)]
     for key, value in settings.items():
         words += [f"--{key}", value]
-    words += ["--seed_everything", str(seed)]
+    monitor = study.sharpness.in_training() if study.sharpness else []
+    words += [*monitor, "--seed_everything", str(seed)]
     # By content: a file that changes makes another run, a file that moves does not.
     settings = {key: value for key, value in settings.items() if short(key) not in FREE_OF_CONSEQUENCE}
     identity = {
@@ -104,10 +113,11 @@ def _run(study: Study, cell: Cell, seed: int, layers: list[Path]) -> Run:
         "optimizer": block,
         "settings": settings,
         "seed": seed,
+        **({"monitor": monitor} if monitor else {}),
     }
     shown = [word for key, value in settings.items() if _PLAIN.fullmatch(word := f"{short(key)}={value}")]
     name = short(str(block.get("class_path", "run"))).lower()
-    return Run(cell, seed, tuple(words), "-".join([name, *shown, f"seed{seed}", _digest(identity)]))
+    return Run(cell, seed, tuple(words), "-".join([name, *shown, f"seed{seed}", _digest(identity)]), study.sharpness)
 
 
 def _file(study: Study, name: str, key: str) -> Path:

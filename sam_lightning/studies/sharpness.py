@@ -8,9 +8,9 @@ import numpy as np
 import pandas as pd
 from scipy.stats import norm, spearmanr
 
+from sam_lightning.studies.measuring import SHARPNESS
 from sam_lightning.studies.spec import StudyError
 
-SHARPNESS = "sharpness.json"  # what the command `sharpness` leaves in a run
 COVERAGE = 0.95
 
 

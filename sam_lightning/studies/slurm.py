@@ -19,6 +19,7 @@ import torch
 from sam_lightning.runs.extras import require
 from sam_lightning.runs.files import replacing
 from sam_lightning.studies.execute import execute, printing_into
+from sam_lightning.studies.measuring import Measuring
 from sam_lightning.studies.runs import LOG, Run, directory_of
 from sam_lightning.studies.spec import Study, StudyError, read_yaml
 
@@ -33,11 +34,13 @@ class RunJob:
         words: The run's `fit` command without its directory.
         directory: The run's directory, absolute.
         threads: CPU threads.
+        sharpness: What is measured of it.
     """
 
     words: tuple[str, ...]
     directory: Path
     threads: int
+    sharpness: Measuring | None = None
 
     def __call__(self) -> None:
         """Executes the run."""
@@ -46,7 +49,7 @@ class RunJob:
         os.register_at_fork(after_in_child=partial(signal.signal, signal.SIGUSR2, signal.SIG_IGN))
         with printing_into(self.directory / LOG):
             try:
-                execute(self.words, self.directory)
+                execute(self.words, self.directory, sharpness=self.sharpness)
             except SystemExit as error:  # Python prints its words when the process ends, into submitit's files
                 if isinstance(error.code, str):
                     print(error.code, file=sys.stderr)
@@ -87,7 +90,7 @@ def submit(study: Study, runs: Sequence[Run], root: Path, threads: int, options:
     try:
         executor = submitit.AutoExecutor(folder, cluster="slurm")
         executor.update_parameters(**parameters)
-        calls = [RunJob(run.words, (root / run.name).resolve(), threads) for run in new]
+        calls = [RunJob(run.words, (root / run.name).resolve(), threads, run.sharpness) for run in new]
         with redirect_stderr(io.StringIO()):  # submitit prints what sbatch says before it raises it
             jobs = executor.submit_array(calls) if new else []
     except (NameError, TypeError, ValueError, AssertionError, RuntimeError) as error:

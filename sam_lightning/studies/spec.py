@@ -13,6 +13,7 @@ import yaml
 
 from sam_lightning.runs import configs
 from sam_lightning.runs.suggest import did_you_mean
+from sam_lightning.studies.measuring import Measuring
 
 FOLDER = "studies"  # of the packaged configurations
 
@@ -63,6 +64,7 @@ class Study:
         grid: Values by dotted name; the study runs all their combinations.
         baseline: The arm that the others are compared with, seed by seed; by default the first.
         figures: Kind of each figure, by its file name.
+        sharpness: What is measured of every run; by default nothing.
         reference: Published numbers: `arm`, the grid's settings, `epochs`, and `best`, `last` (test accuracy in
             percent) and `train_loss` as far as they are known.
         source: Where the published numbers come from.
@@ -77,6 +79,7 @@ class Study:
     grid: dict[str, list[Any]] = field(default_factory=dict)
     baseline: str = ""
     figures: dict[str, Literal["accuracy", "training loss", "weights", "sweep"]] = field(default_factory=dict)
+    sharpness: Measuring | None = None
     reference: list[dict[str, Any]] = field(default_factory=list)
     source: str = ""
     path: Path = Path()
@@ -148,7 +151,8 @@ def _parse(path: Path) -> Study:
     except jsonargparse.ArgumentError as error:
         raise StudyError(f"{path}: {error}") from error
     arms = {name: Arm(**arm) for name, arm in values.pop("arms").items()}
-    return Study(arms=arms, **{**values, "baseline": values["baseline"] or next(iter(arms), "")})
+    values |= {"baseline": values["baseline"] or next(iter(arms), ""), "sharpness": Measuring.of(values["sharpness"])}
+    return Study(arms=arms, **values)
 
 
 def _check(study: Study) -> None:
@@ -160,6 +164,8 @@ def _check(study: Study) -> None:
     for key in ("layers", "arms"):
         if not getattr(study, key):
             refuse(key, "must name at least one.")
+    if study.sharpness and (problem := study.sharpness.problem()):
+        refuse("sharpness", problem)
     if study.baseline not in study.arms:
         refuse("baseline", f"must be an arm ({', '.join(study.arms)}), got {study.baseline}.")
     for arm in study.arms:

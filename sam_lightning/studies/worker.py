@@ -21,6 +21,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from sam_lightning.cli import main
 from sam_lightning.studies.execute import execute, printing_into
+from sam_lightning.studies.measuring import Measuring
 from sam_lightning.studies.runs import LOG
 
 
@@ -63,7 +64,7 @@ def serve() -> None:
         directory = Path(request["directory"])
         with printing_into(directory / LOG):
             try:
-                execute(request["words"], directory, [Progress(answers)])
+                execute(request["words"], directory, [Progress(answers)], Measuring.of(request["sharpness"]))
             except SystemExit as error:  # the command line's own words, printed already unless they are the code
                 if isinstance(error.code, str):
                     print(error.code, file=sys.stderr)

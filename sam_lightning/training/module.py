@@ -54,6 +54,8 @@ class SharpnessAwareModule(LightningModule):
         batch_norm_stats: The passes that update running statistics: the first only, or both.
         sync_perturbation: Whether all processes climb along their mean gradient.
         second_pass: `replay` or `fresh` random numbers in the second pass.
+        radius: A schedule of the radius; in a configuration file `{class_path: sam_lightning.optim.late, init_args:
+            {start: 0.9}}`.
     """
 
     # TorchScript compiles all other properties.
@@ -80,6 +82,7 @@ class SharpnessAwareModule(LightningModule):
         batch_norm_stats: Literal["first", "both"] | None = None,
         sync_perturbation: bool | None = None,
         second_pass: Literal["replay", "fresh"] | None = None,
+        radius: RadiusSchedule | None = None,
         **kwargs: Any,
     ) -> None:
         if lr_scheduler_interval not in ("epoch", "step"):
@@ -89,6 +92,7 @@ class SharpnessAwareModule(LightningModule):
             "batch_norm_stats": batch_norm_stats,
             "sync_perturbation": sync_perturbation,
             "second_pass": second_pass,
+            "radius": radius,
         }
         if theirs := _arguments_behind(type(self)):  # another module's arguments may have these names
             given = {"optimizer": optimizer, "lr_scheduler": lr_scheduler, **options}
@@ -118,7 +122,7 @@ class SharpnessAwareModule(LightningModule):
             sync_perturbation=self.sync_perturbation,
             batch_norm_stats=self.batch_norm_stats,
             micro_batches=self.micro_batches,
-            radius=type(self).radius,
+            radius=vars(self).get("radius", type(self).radius),  # a class's function would be bound
         )
 
     # Set by the Trainer before any hook is called: no hook that a subclass overrides could switch the steps off unseen.

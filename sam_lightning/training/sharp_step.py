@@ -29,6 +29,11 @@ class StepResult:
     loss_perturbed: Tensor | None = None  # at w + e
     grad_norm: Tensor | None = None  # ||g|| at w, before clipping; in steps that are logged
 
+    @property
+    def passes(self) -> int:
+        """The number of gradients."""
+        return (self.loss is not None) + (self.loss_perturbed is not None)
+
 
 class SharpStep:
     """Takes the place of what Lightning's automatic optimization does with one batch.

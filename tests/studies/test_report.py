@@ -93,6 +93,25 @@ def test_equal_compute_of_a_fraction_of_a_gradient_ends_with_the_last_whole_epoc
     assert dict(zip(cut.cell, cut.epochs, strict=True)) == {"SGD": 20, "SAM": 10, "every 5": 16, "every 10": 18}
 
 
+def test_equal_compute_counts_what_an_epoch_has_cost():
+    """Late SAM costs a gradient a step at first and two in the end: 24 epochs and half of the last 6."""
+    runs = pd.DataFrame(
+        [
+            {"cell": cell, "seed": 1, "epochs": 30, "gradients_per_step": gradients, "selected_on": "test"}
+            for cell, gradients in (("SGD", 1.0), ("late SAM", 1.2))
+        ]
+    )
+    epochs = runs[["cell", "seed"]].merge(
+        pd.DataFrame({"epoch": range(1, 31), "accuracy": 0.5, "train_loss": 1.0}), "cross"
+    )
+    late = (epochs.cell == "late SAM") & (epochs.epoch > 24)
+    results = Results(runs, epochs.assign(gradients_per_step=np.where(late, 2.0, 1.0)), pd.DataFrame())
+    cut = outcomes(results, equal_compute=True)
+    assert dict(zip(cut.cell, cut.epochs, strict=True)) == {"SGD": 30, "late SAM": 27}
+    older = replace(results, epochs=epochs)  # without the column
+    assert dict(outcomes(older, equal_compute=True).set_index("cell").epochs) == {"SGD": 30, "late SAM": 25}
+
+
 def test_differences_are_paired_by_seed(study, results):
     found = row(differences(study, outcomes(results, equal_compute=False)), "SAM, batch size 32", epoch="last")
     values = [100 * (ACCURACIES[seed][-1] - SGD_LAST[seed]) for seed in (1, 2)]

@@ -1,0 +1,41 @@
+"""The peak memory of training steps, in copies of the weights, as torch's allocator counts it."""
+
+import torch
+from torch import nn
+
+from sam_lightning import SharpnessAware
+
+STEPS = 6  # in two of which `every=5` perturbs
+
+
+def network() -> nn.Sequential:
+    """Ten equal weights whose activations are small beside them."""
+    return nn.Sequential(*(nn.Linear(300, 300, bias=False) for _ in range(10)))
+
+
+def peak(make) -> float:
+    """The most that lives at once beside the weights, from the first step on: gradients, state, copies.
+
+    Args:
+        make: Makes the optimizer from a network.
+    """
+    net, x = network(), torch.ones(1, 300)
+    optimizer = make(net)
+
+    def loss():
+        return net(x).square().mean()
+
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        for _ in range(STEPS):
+            if isinstance(optimizer, SharpnessAware):
+                optimizer.passes(loss)
+            else:
+                optimizer.zero_grad()
+                loss().backward()
+            optimizer.step()
+    lives = most = 0
+    for event in sorted(profiler.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
+        if event.name() == "[memory]":
+            lives += event.nbytes()
+            most = max(most, lives)
+    return most / sum(p.nbytes for p in net.parameters())
