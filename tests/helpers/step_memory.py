@@ -10,7 +10,10 @@ STEPS = 6  # in two of which `every=5` perturbs
 
 def network() -> nn.Sequential:
     """Ten equal weights whose activations are small beside them."""
-    return nn.Sequential(*(nn.Linear(300, 300, bias=False) for _ in range(10)))
+    net = nn.Sequential(*(nn.Linear(300, 300, bias=False) for _ in range(10)))
+    for weight in net.parameters():  # the gradient is neither tiny nor huge
+        nn.init.orthogonal_(weight)
+    return net
 
 
 def peak(make) -> float:
@@ -19,11 +22,11 @@ def peak(make) -> float:
     Args:
         make: Makes the optimizer from a network.
     """
-    net, x = network(), torch.ones(1, 300)
+    net, x, y = network(), torch.randn(1, 300), torch.randn(1, 300)
     optimizer = make(net)
 
     def loss():
-        return net(x).square().mean()
+        return (net(x) - y).square().mean()
 
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
         for _ in range(STEPS):

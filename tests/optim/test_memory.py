@@ -9,7 +9,7 @@ import torch
 from sam_lightning import ASAM, GSAM, MSAM, SAM, WSAM, FriendlySAM, LookSAM, VaSSO
 from step_memory import peak
 
-SGD = partial(torch.optim.SGD, lr=0.01, momentum=0.9)
+SGD = partial(torch.optim.SGD, lr=1e-4, momentum=0.9)
 COPIES = {"one": 1, "two": 2, "three": 3, "four": 4}
 
 
