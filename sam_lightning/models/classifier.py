@@ -71,7 +71,7 @@ class ImageClassifier(SharpnessAwareModule):
         batch_norm_stats: Literal["first", "both"] = "first",
         sync_perturbation: bool = False,
         channels_last: bool = False,
-        norm_layers_only: bool = False,
+        norm_layers_only: bool | None = None,  # not False: a run that began before it existed goes on
         radius: RadiusSchedule | None = None,
         compile_network: bool = False,
     ) -> None:
