@@ -12,7 +12,6 @@ from sam_lightning.optim import SharpnessAware, global_norm
 from sam_lightning.sharpness import Settings, Sharpness, measure
 from sam_lightning.training import SharpnessAwareTraining
 from sam_lightning.training.measured_loss import measured_loss
-from sam_lightning.training.sharp_step import StepResult
 from sam_lightning.training.training_sample import training_sample
 
 _ALARMS = 3  # logged steps in a row
@@ -78,7 +77,7 @@ class SharpnessMonitor(Callback):
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keeps w and its gradient; at w + e, compares. Each backward of a micro-batch adds to the gradients."""
         optimizer, training = trainer.optimizers[0], _training(trainer)
-        if training is None or not isinstance(optimizer, SharpnessAware) or not training.is_logged_step:
+        if training is None or not isinstance(optimizer, SharpnessAware) or not training.is_shown_step:
             return
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         gradient = [_real(p.grad) for p in parameters if p.grad is not None]
@@ -86,6 +85,8 @@ class SharpnessMonitor(Callback):
             self._weights = [p.clone() for p in parameters]
             self._gradient = [g.clone() for g in gradient]  # copies: gradients may be views of shared memory
         elif self._weights is not None and len(self._weights) == len(parameters):
+            a, b = optimizer.blend  # whose share of the first gradient lies in the second one's place
+            gradient = list(torch._foreach_sub(gradient, self._gradient, alpha=a / b)) if a else gradient
             products = torch._foreach_mul(self._gradient, gradient)
             product = torch.stack([p.sum(dtype=torch.float32) for p in products]).sum()
             norms = global_norm(self._gradient) * global_norm(gradient)
@@ -99,16 +100,17 @@ class SharpnessMonitor(Callback):
     ) -> None:
         """Logs what was seen in this step."""
         training = _training(trainer)
-        result = StepResult() if training is None else training.last_step
-        before, perturbed = result.loss, result.loss_perturbed
+        if training is None or not outputs:
+            return
+        before, perturbed = training.last_perturbed.loss, training.last_perturbed.loss_perturbed
         if before is None or perturbed is None:
             return
         if self._first_loss is None:
             self._first_loss = float(before)
-        if self._signals:
+        if self._signals and training.is_logged_step:
             pl_module.log_dict({"train/sharpness": perturbed - before, **self._signals})
             self._warn_if_too_far(trainer, float(before), float(perturbed))
-        self._weights, self._gradient, self._signals = None, [], {}
+            self._weights, self._gradient, self._signals = None, [], {}
 
     def _warn_if_too_far(self, trainer: Trainer, before: float, perturbed: float) -> None:
         """Evidence over several steps, since a batch may be odd; not in the first epoch, in which it is normal."""

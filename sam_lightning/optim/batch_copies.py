@@ -3,10 +3,11 @@
 import copy
 from collections.abc import Callable, MutableMapping
 from dataclasses import fields, is_dataclass
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 
@@ -39,6 +40,10 @@ def rebuilt(batch: Any, tensor: Callable[[Tensor], Tensor] = lambda t: t) -> Any
         for field in fields(batch):
             if hasattr(batch, field.name):
                 object.__setattr__(new, field.name, rebuilt(getattr(batch, field.name), tensor))
+    elif not isinstance(batch, nn.Module | type | FunctionType | MethodType) and hasattr(new, "__dict__"):
+        for key, part in vars(new).items():
+            if isinstance(part, Tensor | list | tuple | dict):
+                vars(new)[key] = rebuilt(part, tensor)
     return new
 
 

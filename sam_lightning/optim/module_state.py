@@ -1,6 +1,7 @@
 """What a training step may change besides the trained weights: buffers, metrics, queues, counters, teachers."""
 
 from collections.abc import Callable, Iterable, Iterator, MutableMapping
+from dataclasses import dataclass
 from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
@@ -18,18 +19,30 @@ _NO_COLLECTION = frozenset({int, float, bool, str, type(None), list, dict, tuple
 _MACHINERY = {"builtins", "functools", "torch", "torchvision", "lightning", "pytorch_lightning", "numpy", "omegaconf"}
 
 
+@dataclass
+class _Tracked:
+    """A tensor of the state around one pass and the next."""
+
+    name: str
+    tensor: Tensor
+    kind: str  # buffer, attribute or parameter
+    version: int  # when the pass began that is running
+    start: Tensor | None  # what it was before the first pass, where that is known
+    end: Tensor | None = None  # what the first pass left, if it changed it
+
+
 class ModuleState:
     """Takes and restores the state of a module around a pass that may change it.
 
     State is every buffer, every parameter that is not trained, and every attribute of submodules and of plain objects
     that they hold: tensors, numbers, lists, dictionaries, arrays, generators; torchmetrics are modules like others.
-    Attributes of torch's own layers are settings, and are left alone.
+    Attributes of torch's own layers are settings, and are left alone; of sparse tensors only the object is kept.
 
     A tensor of up to 1 MiB is copied every time. Of a larger buffer one copy is kept, and renewed where the version
     counter says that it has changed, so that a constant one costs no step more than its memory. Changes through `.data`
-    escape that counter: all are compared once, after the first pass ever, and those that changed are copied from then
-    on. Parameters that are not trained are copied for that first comparison only, if they are not far more than the
-    trained ones; those that it finds changed, such as a teacher's, are copied every time.
+    escape that counter: all are compared once, after the first pass ever, and those that changed count as changed from
+    then on. Parameters that are not trained are copied for that first comparison only, if they are not far more than
+    the trained ones; those that it finds changed, such as a teacher's, are copied every time.
 
     Args:
         module: The module.
@@ -47,7 +60,8 @@ class ModuleState:
         self._module = module
         self._trained = trained
         self._running_stats = running_stats
-        self._changing: set[str] = set()  # names of large tensors that passes are known to change
+        self._changing: set[str] = set()  # names of tensors that passes are known to change
+        self._unseen: set[str] = set()  # those of them whose version counters do not tell
         self._kept: dict[str, tuple[Tensor, int, Tensor]] = {}  # large tensors: the tensor, its version, its copy
         self._has_observed_a_pass = False
         moved = set(trained())
@@ -60,75 +74,70 @@ class ModuleState:
         self._modules = list(_with_prefixes(self._module, "", set()))
         self._where = list(self._owners())
         self._start = _Attributes(self._where)
-        self._copied: dict[str, Tensor] = {}
-        self._watched: dict[str, tuple[Tensor, int]] = {}
-        self._changed_unseen: list[Tensor] = []  # whose values before the pass are not known
+        self._tracked = [
+            _Tracked(name, tensor, kind, version(tensor), self._copy_of(name, tensor, kind))
+            for name, tensor, kind in self._tensors()
+        ]
         buffers = (buffer for _, module in self._modules for buffer in module._buffers.values())
         self._lazy = [b for b in buffers if b is not None and is_lazy(b)]  # made by the first pass ever
-        self._parameters: set[str] = set()
-        for name, tensor, kind in self._tensors():
-            if kind == "parameter":
-                self._parameters.add(name)
-            if name in self._changing or is_small(tensor):
-                self._copied[name] = tensor
-                continue
-            now = version(tensor)
-            self._watched[name] = tensor, now
-            kept = self._kept.get(name)
-            is_known = kept is not None and kept[0] is tensor and kept[1] == now
-            if not is_known and (kind == "buffer" or not self._has_observed_a_pass):
-                self._kept[name] = tensor, now, tensor.detach().clone()
-        self._start_values = [tensor.detach().clone() for tensor in self._copied.values()]
 
     @torch.no_grad()
     def rewind(self) -> None:
         """After the pass: notes the state in which it ended, and restores the one in which it began."""
-        self._observe()
-        self._changed_unseen += [buffer for buffer in self._lazy if not is_lazy(buffer)]
+        moved = set(self._trained())  # more than before the pass if it has thawed some
+        self._tracked = [tracked for tracked in self._tracked if tracked.tensor not in moved]
+        self._tracked += [_Tracked("", b, "buffer", -1, None) for b in self._lazy if not is_lazy(b)]
+        for tracked in self._tracked:
+            if self._has_changed(tracked):
+                tracked.end = tracked.tensor.detach().clone()
+        if not self._has_observed_a_pass:
+            self._has_observed_a_pass = True
+            buffers = {tracked.name for tracked in self._tracked if tracked.kind == "buffer"}
+            self._kept = {name: kept for name, kept in self._kept.items() if name in buffers}
         self._end = _Attributes(self._where)
-        self._end_values = [tensor.detach().clone() for tensor in [*self._copied.values(), *self._changed_unseen]]
         self._start.restore()
-        _copy(self._start_values, list(self._copied.values()))
+        _copy([(t.tensor, t.start) for t in self._tracked if t.end is not None])
+        for tracked in self._tracked:
+            tracked.version = version(tracked.tensor)
 
     @torch.no_grad()
     def fast_forward(self) -> None:
         """After another pass: restores the state in which the first one ended."""
         self._end.restore()
-        _copy(self._end_values, [*self._copied.values(), *self._changed_unseen])
-        for name, (tensor, before) in self._watched.items():
-            if version(tensor) != before and name in self._kept:
-                tensor.detach().copy_(self._kept[name][2])
-        del self._start, self._end, self._copied, self._watched, self._start_values, self._end_values, self._lazy
+        changed = (t for t in self._tracked if t.end is not None or version(t.tensor) != t.version)
+        _copy([(t.tensor, t.start if t.end is None else t.end) for t in changed])
+        del self._start, self._end, self._tracked, self._lazy, self._modules, self._where
 
     def restore_attributes(self) -> None:
         """Within a pass: gives attributes, lists and counters what they began with; tensors that are in use stay."""
         self._start.restore()
 
-    def _observe(self) -> None:
-        """Finds the large tensors that the pass has changed, and moves them to those that are copied."""
-        for name, (tensor, before) in list(self._watched.items()):
-            kept = self._kept.get(name)
-            changed = version(tensor) != before
-            if not self._has_observed_a_pass and kept is not None:
-                changed = changed or not torch.equal(tensor, kept[2])
-            if not changed:
-                continue
-            self._changing.add(name)
-            del self._watched[name]
-            self._kept.pop(name, None)
-            if kept is None or kept[0] is not tensor:
-                self.unguarded.append(name)
-                self._changed_unseen.append(tensor)
-            else:
-                self._copied[name] = tensor
-                self._start_values.append(kept[2])
-        if not self._has_observed_a_pass:
-            self._has_observed_a_pass = True
-            pairs = zip(self._copied.items(), self._start_values, strict=True)
-            changed_now = {name for (name, tensor), before in pairs if not torch.equal(tensor, before)}
-            self.teachers = [name for name in self._copied if name in changed_now & self._parameters]
-            buffers = {name for name, _, kind in self._tensors() if kind == "buffer"}
-            self._kept = {name: kept for name, kept in self._kept.items() if name in buffers}
+    def _copy_of(self, name: str, tensor: Tensor, kind: str) -> Tensor | None:
+        if is_small(tensor) or name in self._changing:
+            return tensor.detach().clone()
+        kept = self._kept.get(name)
+        if kept is not None and kept[0] is tensor and kept[1] == version(tensor):
+            return kept[2]
+        if kind == "buffer" or not self._has_observed_a_pass:
+            self._kept[name] = tensor, version(tensor), tensor.detach().clone()
+            return self._kept[name][2]
+        return None
+
+    def _has_changed(self, tracked: _Tracked) -> bool:
+        """Whether the first pass has changed it; notes what that says of later passes."""
+        name = tracked.name
+        if version(tracked.tensor) == tracked.version and name not in self._unseen:
+            is_compared = not self._has_observed_a_pass and tracked.start is not None
+            if not is_compared or torch.equal(tracked.tensor, tracked.start):  # type: ignore[arg-type]
+                return False
+            self._unseen.add(name)
+        if tracked.start is None and name:
+            self.unguarded.append(name)
+        elif tracked.kind == "parameter" and not self._has_observed_a_pass:
+            self.teachers.append(name)
+        self._changing.add(name)
+        self._kept.pop(name, None)
+        return True
 
     # Where state lies.
 
@@ -136,7 +145,7 @@ class ModuleState:
         """(name, tensor, buffer or attribute or parameter) of everything that has values of its own to keep."""
         for prefix, attributes, is_buffers in self._where:
             for key, value in attributes.items():
-                if not isinstance(value, Tensor) or value.requires_grad or is_lazy(value) or value.is_inference():
+                if not isinstance(value, Tensor) or value.requires_grad or not _has_values(value):
                     continue
                 if is_buffers and not self._running_stats and is_running_statistic(key):
                     continue
@@ -145,7 +154,7 @@ class ModuleState:
             moved = set(self._trained())
             for prefix, module in self._modules:
                 for key, parameter in module._parameters.items():
-                    if parameter is not None and parameter not in moved and not is_lazy(parameter):
+                    if parameter is not None and parameter not in moved and _has_values(parameter):
                         yield prefix + key, parameter, "parameter"
 
     def _owners(self) -> Iterator[tuple[str, MutableMapping[str, Any], bool]]:
@@ -208,6 +217,13 @@ def _collects(value: Any) -> bool:
     return hasattr(value, "__dict__") and type(value).__module__.partition(".")[0] not in _MACHINERY
 
 
-def _copy(values: list[Tensor], tensors: list[Tensor]) -> None:
-    if tensors:
-        torch._foreach_copy_(local_parts([t.detach() for t in tensors]), local_parts(values))
+def _has_values(tensor: Tensor) -> bool:
+    """Whether it holds numbers that can be copied and written back."""
+    return not is_lazy(tensor) and not tensor.is_inference() and tensor.layout == torch.strided
+
+
+def _copy(pairs: list[tuple[Tensor, Tensor | None]]) -> None:
+    known = [(tensor, value) for tensor, value in pairs if value is not None]
+    if known:
+        tensors, values = zip(*known, strict=True)
+        torch._foreach_copy_(local_parts([t.detach() for t in tensors]), local_parts(list(values)))

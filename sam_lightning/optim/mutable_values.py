@@ -1,7 +1,7 @@
 """Puts back what lies in lists, dictionaries, arrays and generators."""
 
 import random
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable
 from types import FunctionType, MethodType
 from typing import Any
@@ -22,7 +22,7 @@ def is_small(tensor: Tensor) -> bool:
     return tensor.numel() * tensor.element_size() <= SMALL
 
 
-def restorer(value: Any) -> Restore | None:
+def restorer(value: Any, met: frozenset[int] = frozenset()) -> Restore | None:
     """A function that gives `value` the contents that it has now; `None` where nothing in it can change.
 
     Looks into lists, dictionaries, sets and deques, NumPy arrays of up to 1 MiB, tensors in dictionaries, and random
@@ -30,10 +30,12 @@ def restorer(value: Any) -> Restore | None:
     """
     if type(value) in _IMMUTABLE or isinstance(value, Tensor | nn.Module):
         return None
+    if isinstance(value, list | dict) and id(value) in met:  # it contains itself
+        return None
     if isinstance(value, list):
-        return _of_list(value)
+        return _of_list(value, met | {id(value)})
     if isinstance(value, dict):
-        return _of_dict(value) if len(value) <= _LONG else None
+        return _of_dict(value, met | {id(value)}) if len(value) <= _LONG else None
     if isinstance(value, set | deque):
         return _of_elements(value) if len(value) <= _LONG else None
     if isinstance(value, np.ndarray):
@@ -54,12 +56,12 @@ def restorer(value: Any) -> Restore | None:
     return None
 
 
-def _of_list(value: list[Any]) -> Restore:
+def _of_list(value: list[Any], met: frozenset[int]) -> Restore:
     length = len(value)
     if length > _LONG:
         return lambda: value.__delitem__(slice(length, None))
     elements = list(value)
-    inner = [put for element in elements if (put := restorer(element))]
+    inner = [put for element in elements if (put := restorer(element, met))]
 
     def restore() -> None:
         value[:] = elements
@@ -69,13 +71,14 @@ def _of_list(value: list[Any]) -> Restore:
     return restore
 
 
-def _of_dict(value: dict[Any, Any]) -> Restore:
+def _of_dict(value: dict[Any, Any], met: frozenset[int]) -> Restore:
     items = dict(value)
-    inner = [put for element in items.values() if (put := _of_tensor(element) or restorer(element))]
+    inner = [put for element in items.values() if (put := _of_tensor(element) or restorer(element, met))]
 
     def restore() -> None:
-        dict.clear(value)
-        dict.update(value, items)
+        kind = OrderedDict if isinstance(value, OrderedDict) else dict  # a subclass may count or refuse what is written
+        kind.clear(value)
+        kind.update(value, items)
         for restore_element in inner:
             restore_element()
 

@@ -112,6 +112,7 @@ class SharpnessAwareTraining(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Puts the method around the module's optimizer, and two passes in the place of one."""
+        self._remove()  # of a search that was broken off
         optimizer = make_sharp(trainer, pl_module, self._method, self._options)
         self.m_sharpness = None
         refuse_options(trainer, pl_module, optimizer, self.sync_perturbation, self.micro_batches)
@@ -145,9 +146,14 @@ class SharpnessAwareTraining(Callback):
         return self._step is not None and self._step.is_logged
 
     @property
-    def last_step(self) -> StepResult:
-        """What the passes of the last batch came to."""
-        return StepResult() if self._step is None else self._step.result
+    def is_shown_step(self) -> bool:
+        """Whether this step's perturbation, if there is one, is what the next logged step shows."""
+        return self._step is not None and self._step.is_shown
+
+    @property
+    def last_perturbed(self) -> StepResult:
+        """What the passes of the last perturbed batch came to."""
+        return StepResult() if self._step is None else self._step.shown
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Sets the step's radius; notes m, of the first batch: an incomplete last one has fewer samples."""
@@ -156,8 +162,10 @@ class SharpnessAwareTraining(Callback):
             return
         if self.radius is not None:
             follow_schedule(optimizer, self.radius, trainer.global_step, trainer.estimated_stepping_batches)
+        if self.m_sharpness is not None or not optimizer.needs_first_gradient:
+            return
         samples = common_length(batch)
-        if self.m_sharpness is None and samples is not None and optimizer.needs_first_gradient:
+        if samples is not None:
             self.m_sharpness = samples * (data_parallel_size(trainer) if self.sync_perturbation else 1)
             for logger in trainer.loggers:
                 logger.log_metrics({"m_sharpness": self.m_sharpness}, step=trainer.global_step)
@@ -166,15 +174,15 @@ class SharpnessAwareTraining(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Logs what the passes came to, and warns once of what could not be kept from the second one."""
-        assert self._step is not None
-        assert self._logs is not None
+        if self._step is None or self._logs is None or not outputs:  # a batch that nothing was made of
+            return
         self._metrics.add(self._step.result)
         for finding in self._replay.findings():
             rank_zero_warn(finding)
         if self._step.is_logged:
             self._refuse_diverged(trainer)
             lr = float(trainer.optimizers[0].param_groups[0]["lr"])
-            self._metrics.log_step(pl_module, self._logs, self._step.result, lr)
+            self._metrics.log_step(pl_module, self._logs, self._step.result, self._step.shown, lr)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Logs the epoch's mean loss.
@@ -222,12 +230,12 @@ class SharpnessAwareTraining(Callback):
 
     # Afterwards all is as before.
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Gives module and trainer their own step and log back."""
         self._remove()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """As `on_train_end`."""
+        """As `teardown`, which Lightning leaves out then."""
         self._remove()
 
     def _remove(self) -> None:

@@ -35,8 +35,10 @@ class Gradients:
         return global_norm(self._all()).isfinite()
 
     def set_aside(self) -> list[tuple[Tensor, Tensor]]:
-        """Takes them away, copied, since they may be views of memory that is used again."""
-        aside = [(weight, weight.grad.clone()) for weight in self._weights() if weight.grad is not None]
+        """Takes them away; copies where they are views of memory that is used again."""
+        views = getattr(self._trainer.strategy.model, "gradient_as_bucket_view", False)
+        kept = [(weight, weight.grad) for weight in self._weights() if weight.grad is not None]
+        aside = [(weight, gradient.clone() if views else gradient) for weight, gradient in kept]
         for weight, _ in aside:
             weight.grad = None
         return aside
@@ -48,7 +50,7 @@ class Gradients:
             if weight.grad is None:
                 weight.grad = gradient
             else:
-                weight.grad += gradient
+                weight.grad = gradient.add_(weight.grad)
 
     def must_stay(self) -> bool:
         """Whether a first pass that is not synchronised must leave gradients behind, though zero.

@@ -5,6 +5,7 @@ from functools import partial
 from typing import Any, TypeAlias
 
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -62,11 +63,16 @@ def make_sharp(trainer: Trainer, module: LightningModule, maker: Maker | None, o
 
 
 def refuse_own_steps(module: LightningModule) -> None:
-    """Refuses a module in manual optimization, with the recipe for it.
+    """Refuses a module in manual optimization, with the recipe for it, and one that fetches its batches itself.
 
     Raises:
-        TypeError: If it takes its steps itself.
+        TypeError: If it takes its steps itself, or if its `training_step` is given the loader's iterator.
     """
+    if is_param_in_hook_signature(module.training_step, "dataloader_iter", explicit=True):
+        raise TypeError(
+            f"{type(module).__name__}.training_step fetches its batches from dataloader_iter, so that a second pass "
+            "would see another one: give it batch instead."
+        )
     if not module.automatic_optimization:
         raise TypeError(
             f"{type(module).__name__} takes its steps itself (automatic_optimization is False), so that nothing could "

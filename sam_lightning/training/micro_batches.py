@@ -6,6 +6,8 @@ import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
+from sam_lightning.optim.batch_copies import tensors_in
+
 MicroBatch: TypeAlias = tuple[Any, float]  # a part of the batch, and its share of the samples
 
 
@@ -75,6 +77,4 @@ def _may_be_samples(batch: Any, length: int) -> bool:
 
 
 def _lengths(batch: Any) -> list[int]:
-    lengths: list[int] = []
-    apply_to_collection(batch, Tensor, lambda tensor: lengths.append(len(tensor)) if tensor.ndim else None)
-    return lengths
+    return [len(tensor) for tensor in tensors_in(batch) if tensor.ndim]

@@ -94,14 +94,15 @@ class SharpnessAwareModule(LightningModule):
             "second_pass": second_pass,
             "radius": radius,
         }
-        if theirs := _arguments_behind(type(self)):  # another module's arguments may have these names
-            given = {"optimizer": optimizer, "lr_scheduler": lr_scheduler, **options}
-            kwargs |= {name: value for name, value in given.items() if value is not None and name in theirs}
-            optimizer, lr_scheduler = (None if name in theirs else given[name] for name in _FACTORIES)  # type: ignore[assignment]
-        super().__init__(*args, **kwargs)
+        # The arguments of another module that stands behind may have these names; the factories are then its own. They
+        # keep their names in this frame, from which `save_hyperparameters` reads them.
+        theirs = _arguments_behind(type(self))
+        given = {"optimizer": optimizer, "lr_scheduler": lr_scheduler, **options}
+        handed_on = {name: value for name, value in given.items() if value is not None and name in theirs}
+        super().__init__(*args, **kwargs, **handed_on)
         self.lr_scheduler_interval = lr_scheduler_interval
-        self._make_optimizer = optimizer
-        self._make_lr_scheduler = lr_scheduler
+        self._make_optimizer = None if "optimizer" in theirs else optimizer
+        self._make_lr_scheduler = None if "lr_scheduler" in theirs else lr_scheduler
         for name, value in options.items():
             if value is not None:
                 setattr(self, name, value)
@@ -139,8 +140,11 @@ class SharpnessAwareModule(LightningModule):
         if not isinstance(trainer, Trainer) or trainer.lightning_module is not self:
             return
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]  # of a part of the trainer
+        # One that a module has brought along is of that module, or of options that it has no more.
+        callbacks[:] = [callback for callback in callbacks if not getattr(callback, "is_a_modules", False)]
         if not any(isinstance(callback, SharpnessAwareTraining) for callback in callbacks):
-            callbacks.insert(0, self._callback())
+            callbacks.insert(0, own := self._callback())
+            own.is_a_modules = True  # type: ignore[attr-defined]
 
     @property
     def is_second_pass(self) -> bool:
@@ -190,13 +194,14 @@ class SharpnessAwareModule(LightningModule):
         if frame is None:
             current = inspect.currentframe()
             frame = None if current is None else current.f_back
-        if (
-            not args
-            and frame is not None
-            and type(self).configure_optimizers is SharpnessAwareModule.configure_optimizers
-        ):
-            made = [name for name in _FACTORIES if callable(frame.f_locals.get(name))]
-            ignore = [*([ignore] if isinstance(ignore, str) else ignore or []), *made]
+        left_out: set[str] = set()
+        theirs = _arguments_behind(type(self))
+        if theirs:  # the module behind calls this, and does not know of our own arguments
+            left_out |= inspect.signature(SharpnessAwareModule.__init__).parameters.keys() - theirs
+        elif not args and type(self).configure_optimizers is SharpnessAwareModule.configure_optimizers:
+            left_out |= {name for name in _FACTORIES if callable(frame and frame.f_locals.get(name))}
+        if left_out:
+            ignore = [*([ignore] if isinstance(ignore, str) else ignore or []), *sorted(left_out)]
         super().save_hyperparameters(*args, ignore=ignore, frame=frame, **kwargs)
 
 

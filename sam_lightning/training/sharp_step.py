@@ -61,7 +61,9 @@ class SharpStep:
         sync_perturbation: bool,
     ) -> None:
         self.result = StepResult()
+        self.shown = StepResult()  # of the last batch whose perturbation is to be logged
         self.is_logged = False
+        self.is_shown = False
         self.is_perturbed = False
         self.is_second_pass = False
         self._gradients = Gradients(trainer, module)
@@ -82,6 +84,7 @@ class SharpStep:
         vars(self._module).pop("is_second_pass", None)
 
     def _make_closure(self, kwargs: dict[str, Any], optimizer: Optimizer, batch_idx: int) -> Any:
+        self.result, self.is_logged, self.is_shown = StepResult(), False, False
         closure = self._make_plain_closure(kwargs, optimizer, batch_idx)  # type: ignore[arg-type]
         if closure._backward_fn is not None:  # else Lightning wants the forward pass only, as for averaged weights
             closure.closure = partial(self._run, kwargs, closure)  # type: ignore[method-assign]
@@ -100,7 +103,10 @@ class SharpStep:
         # Gradients of earlier batches, with whose mean this one's will descend. They are kept aside: the ascent follows
         # this batch's own gradient.
         accumulated = self._gradients.set_aside() if zero_grad is None else None
-        self.result, self.is_logged = StepResult(), self._is_to_be_logged()
+        self.is_logged, self.is_shown = (
+            self._is_due(within=1),
+            self._is_due(within=getattr(self._optimizer, "every", 1)),
+        )
         stats = None if self._gradients.scaler is None else RunningStats(self._module)
         if isinstance(self._optimizer, SharpnessAware):
             output = self._sharp(self._optimizer, kwargs, backward, zero_grad)
@@ -129,6 +135,7 @@ class SharpStep:
             with optimizer.perturbed(loss_scale=self._gradients.loss_scale()), self._at_perturbed_weights():
                 output = self._pass(kwargs, backward, sync=True, before_backward=zero_grad)
             self.result.loss_perturbed = self._loss_of(output)
+            self.shown = self.result
             return output
         perturbs = optimizer.will_perturb()
         if perturbs:
@@ -148,6 +155,7 @@ class SharpStep:
                 with self._replay.again() as batch, self._second_pass():
                     second = self._pass({**kwargs, "batch": batch}, backward, sync=True, factor=factor)
                 self.result.loss_perturbed = self._loss_of(second)
+                self.shown = self.result
         return output
 
     def _pass(
@@ -213,8 +221,12 @@ class SharpStep:
         """||g|| in the steps that need it: for the log, or to check it."""
         return self._gradients.norm() if self.is_logged or self._gradients.scaler is not None else None
 
-    def _is_to_be_logged(self) -> bool:
-        """Whether this batch completes one of every `log_every_n_steps` steps."""
+    def _is_due(self, within: int) -> bool:
+        """Whether one of the next steps, this one first, is one of every `log_every_n_steps`, and this batch ends it.
+
+        A method that perturbs in every k-th step shows what it sees there in the next step that is logged.
+        """
         every: int = self._trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by a part of the trainer
-        is_due = every > 0 and (self._trainer.global_step + 1) % every == 0
+        step = self._trainer.global_step
+        is_due = every > 0 and (step + within) // every > step // every
         return is_due and not self._trainer.fit_loop._should_accumulate()

@@ -23,18 +23,25 @@ class StepMetrics:
             self._loss_sum = self._loss_sum + (loss if loss.device.type == "mps" else loss.double())
             self._batches += 1
 
-    def log_step(self, module: LightningModule, logs: StepLogs, result: StepResult, lr: float) -> None:
-        """Logs a batch."""
+    def log_step(
+        self, module: LightningModule, logs: StepLogs, result: StepResult, shown: StepResult, lr: float
+    ) -> None:
+        """Logs a batch, and of the last one that was perturbed (`shown`) the loss there.
+
+        As if from `training_step`: what the module logs in a later hook under one of these names is another value.
+        """
         found = {
             "train/loss": result.loss,
-            "train/loss_perturbed": result.loss_perturbed,
+            "train/loss_perturbed": shown.loss_perturbed,
             "train/grad_norm": result.grad_norm,
             "lr": lr,
         }
+        hook, module._current_fx_name = module._current_fx_name, "training_step"
         with logs.unrecorded():
             for name, value in found.items():
                 if value is not None and name not in logs.names:
                     module.log(name, value, prog_bar=name == "train/loss", batch_size=1)
+        module._current_fx_name = hook
 
     def log_epoch(self, module: LightningModule, logs: StepLogs) -> None:
         """Logs the epoch's mean loss, and begins the next one's."""

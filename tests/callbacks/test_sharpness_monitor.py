@@ -76,6 +76,27 @@ def test_signals_are_those_of_both_passes(trainer, tmp_path, accumulate):
     assert len(found["train/grad_norm"]) == 4
 
 
+@pytest.mark.parametrize("gamma", [0.5, 0.6, 0.9])
+def test_the_cosine_is_of_the_two_gradients_whatever_descends(trainer, gamma):
+    made = trainer(
+        callbacks=[SharpnessAwareTraining("WSAM", rho=0.5, gamma=gamma), SharpnessMonitor(every_n_epochs=0)],
+        max_steps=1,
+        log_every_n_steps=1,
+    )
+    made.fit(Plain(), batches())
+    network, (x, y) = Plain(), next(iter(batches()))
+    weights = list(network.parameters())
+    first = torch.autograd.grad(mse_loss(network.net(x), y), weights)
+    norm = torch.sqrt(sum(g.square().sum() for g in first))
+    with torch.no_grad():
+        for weight, gradient in zip(weights, first, strict=True):
+            weight += 0.5 * gradient / norm
+    second = torch.autograd.grad(mse_loss(network.net(x), y), weights)
+    flat = [torch.cat([g.flatten() for g in gradients]) for gradients in (first, second)]
+    expected = torch.cosine_similarity(*flat, dim=0).item()
+    assert made.callback_metrics["train/grad_cosine"].item() == pytest.approx(expected, rel=1e-5)
+
+
 def test_watching_changes_nothing(trainer, tmp_path):
     states = []
     for callbacks in ([], [SharpnessMonitor(1, samples=64, settings=QUICK)]):

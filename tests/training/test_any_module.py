@@ -3,6 +3,7 @@
 import copy
 import random
 import warnings
+from collections import Counter, OrderedDict, defaultdict
 from functools import partial
 
 import numpy as np
@@ -19,6 +20,7 @@ from torchmetrics.classification import BinaryAccuracy
 
 from plain_modules import RHO, Plain, batches, distance, rows, sharp_loop
 from sam_lightning import ASAM, SAM
+from sam_lightning.optim import late
 from sam_lightning.training import SharpnessAwareModule, SharpnessAwareTraining
 
 
@@ -269,6 +271,11 @@ class Collecting(Plain):
         self.register_buffer("large", torch.zeros(2**18 + 5))
         self.accuracy, self.mean = BinaryAccuracy(), MeanMetric()
         self.outputs, self.seen, self.by_name = [], 0, {"a": []}
+        self.ordered, self.counted, self.grouped = OrderedDict(a=1, b=2), Counter(), defaultdict(list)
+        self.tree = {}
+        self.tree["me"] = self.tree
+        self.register_buffer("adjacency", torch.eye(6).to_sparse())
+        self.register_buffer("mask", torch.ones(1, 6).expand(8, 6))
         self.history = History()
         self.plain = torch.zeros(1)
 
@@ -284,6 +291,10 @@ class Collecting(Plain):
         self.mean.update(loss.detach())
         self.outputs.append(loss.item())
         self.by_name["a"].append(1)
+        self.ordered.popitem(last=False)
+        self.ordered[self.seen] = 3
+        self.counted["steps"] += 1
+        self.grouped["steps"].append(1)
         self.history.add(loss.item())
         self.seen += 1
         return {"loss": loss, "batch_idx": batch_idx}
@@ -313,6 +324,9 @@ def test_a_step_collects_once_per_batch(trainer, second_pass):
     assert module.queue[4] == 0
     assert module.center == module.large[0] == module.plain == 4
     assert module.by_name == {"a": [1] * 4}
+    assert module.ordered == OrderedDict({2: 3, 3: 3})
+    assert module.counted == {"steps": 4}
+    assert module.grouped == {"steps": [1] * 4}
     assert module.mean.compute().item() == pytest.approx(sum(module.outputs) / 4, abs=1e-6)
     assert module.accuracy.confmat.sum() if hasattr(module.accuracy, "confmat") else True
     assert module.accuracy._update_count == 4
@@ -484,6 +498,36 @@ def test_a_module_that_steps_by_itself_is_refused_with_the_recipe(trainer):
         sharp(trainer, Manual())
 
 
+def test_a_module_that_fetches_its_batches_itself_is_refused(trainer):
+    class Fetching(Plain):
+        def training_step(self, dataloader_iter):
+            return super().training_step(next(dataloader_iter)[0], 0)
+
+    with pytest.raises(TypeError, match=r"Fetching.training_step fetches its batches from dataloader_iter"):
+        sharp(trainer, Fetching())
+
+
+def test_options_of_the_module_are_the_classs_or_the_instances(trainer):
+    class Late(SharpByMixin):
+        radius = late(1.0)
+
+    class LateInstance(SharpByMixin):
+        def __init__(self):
+            super().__init__()
+            self.radius, self.method, self.rho = late(1.0), "ASAM", 0.3
+            self.micro_batches, self.second_pass, self.sync_perturbation = 2, "fresh", True
+
+    for module, method in ((Late(), "SAM"), (LateInstance(), "ASAM")):
+        made = trainer()
+        made.fit(module, batches())
+        (optimizer,) = made.optimizers
+        assert type(optimizer).__name__ == method
+        assert optimizer.param_groups[0]["rho"] == 0
+        assert optimizer.param_groups[0]["initial_rho"] == (RHO if method == "SAM" else 0.3)
+    callback = made.callbacks[0]
+    assert (callback.micro_batches, callback.second_pass, callback.sync_perturbation) == (2, "fresh", True)
+
+
 def test_options_in_two_places_are_refused(trainer):
     class Made(Plain):
         def configure_optimizers(self):
@@ -569,3 +613,120 @@ def test_a_sharp_module_is_exported_as_any_other():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch.jit is deprecated
         assert torch.equal(module.to_torchscript()(x), module(x))
+
+
+class Graph:
+    """A batch as graph libraries have them: an object with tensors and containers for attributes."""
+
+    def __init__(self, x, y):
+        self.x, self.y, self.meta = x, y, {"seen": 0}
+
+
+def test_a_batch_that_is_an_object_comes_as_it_was(trainer):
+    seen = []
+
+    class Mine(Plain):
+        def training_step(self, batch, batch_idx):
+            batch.x.add_(1)
+            batch.meta["seen"] += 1
+            seen.append((batch.x.mean().item(), batch.meta["seen"]))
+            return mse_loss(self.net(batch.x), batch.y)
+
+    class Graphs:
+        def __iter__(self):
+            return (Graph(x.clone(), y) for x, y in batches())
+
+        def __len__(self):
+            return 4
+
+    sharp(trainer, Mine(), Graphs())
+    assert seen[::2] == seen[1::2]
+    assert {count for _, count in seen} == {1}
+
+
+def test_packed_sequences_are_batches_too(trainer):
+    class Recurrent(Plain):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.GRU(4, 3).double()
+
+        def training_step(self, batch, batch_idx):
+            return self.net(batch[0])[1].square().mean() + batch[1].mean()
+
+    packed = nn.utils.rnn.pack_sequence([torch.randn(n, 4, dtype=torch.float64) for n in (5, 3)])
+    assert sharp(trainer, Recurrent(), Once((packed, torch.zeros(2)))).global_step == 1
+
+
+class Once:
+    def __init__(self, *batches):
+        self.batches = batches
+
+    def __iter__(self):
+        return iter(self.batches)
+
+    def __len__(self):
+        return len(self.batches)
+
+
+@pytest.mark.filterwarnings("ignore:train_dataloader yielded None")
+def test_a_batch_of_nothing_has_no_loss(trainer):
+    first, second, *_ = batches()
+    made = sharp(trainer, frozen := Plain(), Once(first, None, None, second), log_every_n_steps=1)
+    twin = Plain()
+    sharp_loop(twin, [first])
+    losses = [Plain().training_step(first, 0).item(), twin.training_step(second, 0).item()]
+    assert made.callback_metrics["train/loss_epoch"].item() == pytest.approx(sum(losses) / 2)
+    assert distance(frozen, twin) > 0
+
+
+def test_a_parameter_that_the_step_thaws_is_trained_like_the_others(trainer):
+    class Thawing(Plain):
+        def __init__(self):
+            super().__init__()
+            self.net[0].requires_grad_(False)
+
+        def training_step(self, batch, batch_idx):
+            if self.global_step == 2:
+                self.net[0].requires_grad_(True)
+            moved.append(self.net[0].weight.detach().clone())
+            return super().training_step(batch, batch_idx)
+
+    moved = []
+    sharp(trainer, Thawing())
+    assert torch.equal(moved[2], moved[3])  # frozen
+    assert not torch.equal(moved[4], moved[5])  # climbs in the very step that thaws it
+
+
+def test_hyperparameters_of_a_librarys_module_are_its_own():
+    class Library(LightningModule):
+        def __init__(self, width=1, optimizer="adam"):
+            super().__init__()
+            self.save_hyperparameters()
+
+    class Mixed(SharpnessAwareModule, Library):
+        pass
+
+    assert dict(Mixed(width=2, optimizer="sgd").hparams) == {"width": 2, "optimizer": "sgd"}
+    make = partial(torch.optim.SGD, lr=0.1)
+    assert Mixed(optimizer=make).hparams["optimizer"] is make
+
+
+def test_a_trainer_takes_one_module_after_another(trainer):
+    class Other(SharpByMixin):
+        method, rho = "ASAM", 0.7
+
+    made = trainer()
+    for module, method in ((SharpByMixin(), "SAM"), (Other(), "ASAM"), (SharpByMixin(), "SAM")):
+        made.fit(module, batches())
+        assert type(made.optimizers[0]).__name__ == method
+    assert sum(isinstance(callback, SharpnessAwareTraining) for callback in made.callbacks) == 1
+
+
+def test_one_callback_serves_many_trainings(trainer):
+    callback = SharpnessAwareTraining(SAM, rho=RHO)
+    for _ in range(2):
+        module, expected = Plain(), Plain()
+        trainer(callbacks=[callback]).fit(module, batches())
+        sharp_loop(expected, batches())
+        assert distance(module, expected) < 1e-14
+        assert not {"log", "is_second_pass"} & vars(module).keys()

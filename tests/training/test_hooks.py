@@ -1,5 +1,6 @@
 """Lightning's promises hold with sharp steps as in plain training: hooks, schedules, options, averaging callbacks."""
 
+import warnings
 from collections import Counter
 from functools import partial
 
@@ -274,3 +275,32 @@ def test_a_child_module_logs_once_too(trainer):
     module = Parent()
     trainer().fit(module, batches())
     assert module.net.heard == ["x"] * 4
+
+
+def test_a_method_that_perturbs_now_and_then_is_logged_all_the_same(trainer):
+    """Steps 0, 5, ... are perturbed, steps 4, 9, ... are logged."""
+    made = trainer(max_epochs=3, callbacks=[SharpnessAwareTraining("SAM", every=5)], log_every_n_steps=5)
+    module = Plain()
+    made.fit(module, batches())
+    assert {"train/loss", "train/loss_perturbed"} <= made.callback_metrics.keys()
+
+
+def test_a_name_that_the_module_logs_in_a_later_hook_is_its_own(trainer):
+    class Logging(Plain):
+        def on_train_batch_end(self, outputs, batch, batch_idx):
+            self.log("lr", 0.5, prog_bar=True)
+
+    made = trainer(callbacks=[SharpnessAwareTraining(SAM, rho=RHO)], log_every_n_steps=1)
+    made.fit(Logging(), batches())
+    assert made.callback_metrics["lr"] == 0.5
+
+
+def test_skipping_batches_of_a_group_warns_of_nothing(trainer):
+    class Skipping(Plain):
+        def training_step(self, batch, batch_idx):
+            return None if batch_idx % 2 else super().training_step(batch, batch_idx)
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        both(trainer, Skipping, accumulate_grad_batches=2)
+    assert not [str(w.message) for w in caught if "plain" in str(w.message)]

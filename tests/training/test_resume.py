@@ -169,6 +169,9 @@ def test_the_learning_rate_finder_finds_and_leaves_nothing_behind(trainer, tmp_p
     assert len(found.results["lr"]) == 20
     assert all(torch.equal(value, module.state_dict()[name]) for name, value in before.items())
     assert not list(tmp_path.glob("*.ckpt"))
+    assert not {"log", "is_second_pass"} & vars(module).keys()
+    assert "_make_closure" not in vars(made.fit_loop.epoch_loop.automatic_optimization)
+    assert not module._state_dict_pre_hooks
     made.fit(module, batches())
     assert type(made.optimizers[0]) is SAM
 
