@@ -102,5 +102,5 @@ class EpochHistory(Callback):
 def _passes(trainer: Trainer) -> int:
     """How many gradients the last batch took."""
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # of a part of the trainer
-    found = (callback.last_step.passes for callback in callbacks if isinstance(callback, SharpnessAwareTraining))
+    found = (c.step.result.passes for c in callbacks if isinstance(c, SharpnessAwareTraining) and c.step)
     return next(found, 1)

@@ -12,6 +12,7 @@ from sam_lightning.optim import SharpnessAware, global_norm
 from sam_lightning.sharpness import Settings, Sharpness, measure
 from sam_lightning.training import SharpnessAwareTraining
 from sam_lightning.training.measured_loss import measured_loss
+from sam_lightning.training.sharp_step import SharpStep
 from sam_lightning.training.training_sample import training_sample
 
 _ALARMS = 3  # logged steps in a row
@@ -76,12 +77,12 @@ class SharpnessMonitor(Callback):
     @torch.no_grad()
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keeps w and its gradient; at w + e, compares. Each backward of a micro-batch adds to the gradients."""
-        optimizer, training = trainer.optimizers[0], _training(trainer)
-        if training is None or not isinstance(optimizer, SharpnessAware) or not training.is_shown_step:
+        optimizer, step = trainer.optimizers[0], _step(trainer)
+        if step is None or not isinstance(optimizer, SharpnessAware) or not step.is_shown:
             return
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         gradient = [_real(p.grad) for p in parameters if p.grad is not None]
-        if not training.is_second_pass:
+        if not step.is_second_pass:
             self._weights = [p.clone() for p in parameters]
             self._gradient = [g.clone() for g in gradient]  # copies: gradients may be views of shared memory
         elif self._weights is not None and len(self._weights) == len(parameters):
@@ -99,15 +100,15 @@ class SharpnessMonitor(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Logs what was seen in this step."""
-        training = _training(trainer)
-        if training is None or not outputs:
+        step = _step(trainer)
+        if step is None or not outputs:
             return
-        before, perturbed = training.last_perturbed.loss, training.last_perturbed.loss_perturbed
+        before, perturbed = step.shown.loss, step.shown.loss_perturbed
         if before is None or perturbed is None:
             return
         if self._first_loss is None:
             self._first_loss = float(before)
-        if self._signals and training.is_logged_step:
+        if self._signals and step.is_logged:
             pl_module.log_dict({"train/sharpness": perturbed - before, **self._signals})
             self._warn_if_too_far(trainer, float(before), float(perturbed))
             self._weights, self._gradient, self._signals = None, [], {}
@@ -149,9 +150,9 @@ def measure_module(module: LightningModule, batches: list[Any], settings: Settin
         return measure(module, loss, batches, settings)
 
 
-def _training(trainer: Trainer) -> SharpnessAwareTraining | None:
+def _step(trainer: Trainer) -> SharpStep | None:
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # of a part of the trainer
-    return next((callback for callback in callbacks if isinstance(callback, SharpnessAwareTraining)), None)
+    return next((callback.step for callback in callbacks if isinstance(callback, SharpnessAwareTraining)), None)
 
 
 def _real(tensor: Tensor) -> Tensor:

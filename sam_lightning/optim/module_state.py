@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from sam_lightning.optim.batch_copies import version
-from sam_lightning.optim.mutable_values import Restore, is_small, restorer
+from sam_lightning.optim.mutable_values import Budget, Restore, is_small, restorer
 from sam_lightning.optim.shards import local_parts
 
-_MODULE_ATTRIBUTES = frozenset(vars(nn.Module()))
+# And what stands in for a method of a LightningModule while it trains.
+_MODULE_ATTRIBUTES = frozenset(vars(nn.Module())) | {"log"}
 _NO_COLLECTION = frozenset({int, float, bool, str, type(None), list, dict, tuple, FunctionType, MethodType, ModuleType})
 # Objects of these packages are settings or machinery, not what a training step counts and collects.
 _MACHINERY = {"builtins", "functools", "torch", "torchvision", "lightning", "pytorch_lightning", "numpy", "omegaconf"}
@@ -36,7 +37,8 @@ class ModuleState:
 
     State is every buffer, every parameter that is not trained, and every attribute of submodules and of plain objects
     that they hold: tensors, numbers, lists, dictionaries, arrays, generators; torchmetrics are modules like others.
-    Attributes of torch's own layers are settings, and are left alone; of sparse tensors only the object is kept.
+    Attributes of torch's own layers are settings, and are left alone; of sparse tensors only the object is kept. Of
+    containers the first 10,000 elements are looked into; longer lists are taken for such that only grow.
 
     A tensor of up to 1 MiB is copied every time. Of a larger buffer one copy is kept, and renewed where the version
     counter says that it has changed, so that a constant one costs no step more than its memory. Changes through `.data`
@@ -113,7 +115,8 @@ class ModuleState:
         self._start.restore()
 
     def _copy_of(self, name: str, tensor: Tensor, kind: str) -> Tensor | None:
-        if is_small(tensor) or name in self._changing:
+        is_watched = kind == "parameter" and self._has_observed_a_pass  # of a frozen backbone there may be many
+        if name in self._changing or (is_small(tensor) and not is_watched):
             return tensor.detach().clone()
         kept = self._kept.get(name)
         if kept is not None and kept[0] is tensor and kept[1] == version(tensor):
@@ -179,10 +182,11 @@ class _Attributes:
     def __init__(self, owners: list[tuple[str, MutableMapping[str, Any], bool]]) -> None:
         self._values: list[tuple[MutableMapping[str, Any], dict[str, Any]]] = []
         self._restorers: list[Restore] = []
+        budget = Budget()
         for _, attributes, _ in owners:
             values = {key: value for key, value in attributes.items() if key not in _MODULE_ATTRIBUTES}
             self._values.append((attributes, values))
-            self._restorers += [restore for value in values.values() if (restore := restorer(value))]
+            self._restorers += [restore for value in values.values() if (restore := restorer(value, budget))]
 
     def restore(self) -> None:
         for attributes, values in self._values:

@@ -3,6 +3,7 @@
 import random
 from collections import OrderedDict, deque
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from types import FunctionType, MethodType
 from typing import Any
 
@@ -14,7 +15,6 @@ Restore = Callable[[], None]
 
 SMALL = 2**20  # bytes up to which a tensor or an array is copied in every step rather than watched
 _IMMUTABLE = frozenset({int, float, bool, str, bytes, type(None), FunctionType, MethodType, torch.device, torch.dtype})
-_LONG = 10_000  # elements beyond which a list is taken for one that only grows, and a dictionary is left alone
 
 
 def is_small(tensor: Tensor) -> bool:
@@ -22,22 +22,37 @@ def is_small(tensor: Tensor) -> bool:
     return tensor.numel() * tensor.element_size() <= SMALL
 
 
-def restorer(value: Any, met: frozenset[int] = frozenset()) -> Restore | None:
+@dataclass
+class Budget:
+    """How much may still be copied, so that a module that holds its data costs a step nothing either.
+
+    Attributes:
+        elements: Of containers, on all levels together.
+        met: Containers that have been looked into, by identity: one may contain itself.
+    """
+
+    elements: int = 10_000
+    met: set[int] = field(default_factory=set)
+
+    def takes(self, container: Any) -> bool:
+        """Whether the container can be copied; then its elements are spent."""
+        if id(container) in self.met or len(container) > self.elements:
+            return False
+        self.met.add(id(container))
+        self.elements -= len(container)
+        return True
+
+
+def restorer(value: Any, budget: Budget) -> Restore | None:
     """A function that gives `value` the contents that it has now; `None` where nothing in it can change.
 
-    Looks into lists, dictionaries, sets and deques, NumPy arrays of up to 1 MiB, tensors in dictionaries, and random
-    number generators of torch, NumPy and Python. Longer lists are cut to their length.
+    Looks into lists, tuples, dictionaries, sets and deques, NumPy arrays and tensors in containers of up to 1 MiB, and
+    random number generators of torch, NumPy and Python. A list beyond the budget is cut to its length.
     """
     if type(value) in _IMMUTABLE or isinstance(value, Tensor | nn.Module):
         return None
-    if isinstance(value, list | dict) and id(value) in met:  # it contains itself
-        return None
-    if isinstance(value, list):
-        return _of_list(value, met | {id(value)})
-    if isinstance(value, dict):
-        return _of_dict(value, met | {id(value)}) if len(value) <= _LONG else None
-    if isinstance(value, set | deque):
-        return _of_elements(value) if len(value) <= _LONG else None
+    if isinstance(value, list | tuple | dict | set | deque):
+        return _of_container(value, budget)
     if isinstance(value, np.ndarray):
         return _of_array(value) if value.nbytes <= SMALL and value.flags.writeable else None
     if isinstance(value, torch.Generator):
@@ -56,41 +71,28 @@ def restorer(value: Any, met: frozenset[int] = frozenset()) -> Restore | None:
     return None
 
 
-def _of_list(value: list[Any], met: frozenset[int]) -> Restore:
-    length = len(value)
-    if length > _LONG:
-        return lambda: value.__delitem__(slice(length, None))
-    elements = list(value)
-    inner = [put for element in elements if (put := restorer(element, met))]
+def _of_container(value: Any, budget: Budget) -> Restore | None:
+    if not budget.takes(value):
+        length = len(value)
+        is_long_list = isinstance(value, list) and id(value) not in budget.met
+        return (lambda: value.__delitem__(slice(length, None))) if is_long_list else None
+    contents = dict(value) if isinstance(value, dict) else list(value)
+    elements = contents.values() if isinstance(contents, dict) else contents
+    mutable = [element for element in elements if type(element) not in _IMMUTABLE]
+    inner = [put for element in mutable if (put := _of_tensor(element) or restorer(element, budget))]
 
     def restore() -> None:
-        value[:] = elements
+        if isinstance(value, dict):
+            kind = OrderedDict if isinstance(value, OrderedDict) else dict  # a subclass may count what is written
+            kind.clear(value)
+            kind.update(value, contents)
+        elif isinstance(value, list):
+            value[:] = contents
+        elif isinstance(value, set | deque):
+            value.clear()
+            value.update(contents) if isinstance(value, set) else value.extend(contents)
         for restore_element in inner:
             restore_element()
-
-    return restore
-
-
-def _of_dict(value: dict[Any, Any], met: frozenset[int]) -> Restore:
-    items = dict(value)
-    inner = [put for element in items.values() if (put := _of_tensor(element) or restorer(element, met))]
-
-    def restore() -> None:
-        kind = OrderedDict if isinstance(value, OrderedDict) else dict  # a subclass may count or refuse what is written
-        kind.clear(value)
-        kind.update(value, items)
-        for restore_element in inner:
-            restore_element()
-
-    return restore
-
-
-def _of_elements(value: set[Any] | deque[Any]) -> Restore:
-    elements = list(value)
-
-    def restore() -> None:
-        value.clear()
-        value.update(elements) if isinstance(value, set) else value.extend(elements)
 
     return restore
 
@@ -105,12 +107,14 @@ def _of_array(value: np.ndarray[Any, Any]) -> Restore:
 
 
 def _of_tensor(value: Any) -> Restore | None:
-    if not isinstance(value, Tensor) or value.requires_grad or not is_small(value):
+    is_state = isinstance(value, Tensor) and not value.requires_grad and value.layout == torch.strided
+    if not is_state or value.is_inference() or not is_small(value):
         return None
-    copied = value.detach().clone()
+    copied, version = value.detach().clone(), value._version
 
     @torch.no_grad()
     def restore() -> None:
-        value.copy_(copied)
+        if value._version != version:
+            value.copy_(copied)
 
     return restore

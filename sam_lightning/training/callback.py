@@ -15,7 +15,7 @@ from sam_lightning.training.micro_batches import common_length
 from sam_lightning.training.packages import of_both_packages
 from sam_lightning.training.resume import go_on_with_the_next_epoch
 from sam_lightning.training.sharding import share_buffers
-from sam_lightning.training.sharp_step import SharpStep, StepResult
+from sam_lightning.training.sharp_step import SharpStep
 from sam_lightning.training.step_metrics import StepMetrics
 from sam_lightning.training.strategies import data_parallel_size, refuse_options, refuse_strategy, shares_buffers
 
@@ -27,7 +27,8 @@ class SharpnessAwareTraining(Callback):
 
     The module stays as it is: its `training_step`, `configure_optimizers`, hooks, logs and checkpoints, and the
     Trainer's `gradient_clip_val` (of the gradient that descends) and `accumulate_grad_batches` (each batch climbs from
-    the same w, and the step descends along their mean). There is one optimizer step where there was one.
+    the same w, and the step descends along their mean; a method with a memory renews it from the last of them). There
+    is one optimizer step where there was one.
 
     Every `log_every_n_steps` steps it logs `train/loss` (first pass), `train/loss_perturbed` (second pass),
     `train/grad_norm` (||g|| at w, before clipping) and `lr`, and per epoch `train/loss_epoch`, the mean over batches of
@@ -58,6 +59,7 @@ class SharpnessAwareTraining(Callback):
     Attributes:
         m_sharpness: The number of samples that share a perturbation, known once training has begun; `None` without a
             sharpness-aware optimizer. Logged once.
+        step: What takes the steps, and what its passes came to; `None` before the first training.
     """
 
     def __init__(
@@ -89,7 +91,7 @@ class SharpnessAwareTraining(Callback):
         self._method = maker_of(method)
         given = {"rho": rho, "every": None if every == 1 else every}
         self._options = {**{name: value for name, value in given.items() if value is not None}, **options}
-        self._step: SharpStep | None = None
+        self.step: SharpStep | None = None
         self._logs: StepLogs | None = None
         self._hooks: list[Any] = []
         self._metrics = StepMetrics()
@@ -105,6 +107,7 @@ class SharpnessAwareTraining(Callback):
         if others[0] is not self or len(others) > 1:
             raise ValueError("a Trainer takes one SharpnessAwareTraining callback; remove the others.")
         refuse_own_steps(pl_module)
+        self._metrics = StepMetrics()  # of this training; a checkpoint's come later
         refuse_strategy(trainer)
         # First of all callbacks: one that searches for a learning rate or a batch size trains in its `on_fit_start`.
         trainer.callbacks.remove(self)  # type: ignore[attr-defined]
@@ -124,11 +127,11 @@ class SharpnessAwareTraining(Callback):
             same_random_numbers=self.second_pass == "replay",
             running_stats=self.batch_norm_stats == "first",
         )
-        self._step = SharpStep(trainer, pl_module, self._replay, self._logs, self.micro_batches, self.sync_perturbation)
+        self.step = SharpStep(trainer, pl_module, self._replay, self._logs, self.micro_batches, self.sync_perturbation)
 
     def _refuse_perturbed(self, *args: Any) -> None:
         """Whatever would save the weights, checkpoints first of all, asks for the module's `state_dict`."""
-        if self._step is not None and self._step.is_perturbed:
+        if self.step is not None and self.step.is_perturbed:
             raise RuntimeError(
                 "the weights are perturbed in the second pass: save or export them outside of training_step."
             )
@@ -138,22 +141,7 @@ class SharpnessAwareTraining(Callback):
     @property
     def is_second_pass(self) -> bool:
         """Whether `training_step` runs at w + e."""
-        return self._step is not None and self._step.is_second_pass
-
-    @property
-    def is_logged_step(self) -> bool:
-        """Whether the step that is being taken, or was taken last, is one of every `log_every_n_steps`."""
-        return self._step is not None and self._step.is_logged
-
-    @property
-    def is_shown_step(self) -> bool:
-        """Whether this step's perturbation, if there is one, is what the next logged step shows."""
-        return self._step is not None and self._step.is_shown
-
-    @property
-    def last_perturbed(self) -> StepResult:
-        """What the passes of the last perturbed batch came to."""
-        return StepResult() if self._step is None else self._step.shown
+        return self.step is not None and self.step.is_second_pass
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Sets the step's radius; notes m, of the first batch: an incomplete last one has fewer samples."""
@@ -174,15 +162,15 @@ class SharpnessAwareTraining(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Logs what the passes came to, and warns once of what could not be kept from the second one."""
-        if self._step is None or self._logs is None or not outputs:  # a batch that nothing was made of
+        if self.step is None or self._logs is None or not outputs:  # a batch that nothing was made of
             return
-        self._metrics.add(self._step.result)
+        self._metrics.add(self.step.result)
         for finding in self._replay.findings():
             rank_zero_warn(finding)
-        if self._step.is_logged:
+        if self.step.is_logged:
             self._refuse_diverged(trainer)
-            lr = float(trainer.optimizers[0].param_groups[0]["lr"])
-            self._metrics.log_step(pl_module, self._logs, self._step.result, self._step.shown, lr)
+            lr = trainer.optimizers[0].param_groups[0].get("lr")
+            self._metrics.log_step(pl_module, self._logs, self.step.result, self.step.shown, lr)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Logs the epoch's mean loss.
@@ -241,7 +229,7 @@ class SharpnessAwareTraining(Callback):
     def _remove(self) -> None:
         for hook in self._hooks:
             hook.remove()
-        for part in (self._step, self._logs):
+        for part in (self.step, self._logs):
             if part is not None:
                 part.remove()
         self._hooks = []

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers.logger import DummyLogger
 
@@ -23,14 +24,17 @@ class StepLogs:
         self._share = 1.0
         # Told by what they can do: modules of pytorch_lightning are of another class.
         self._modules: list[Any] = [part for part in module.modules() if callable(getattr(part, "log_dict", None))]
+        self._before = [vars(part).get("log") for part in self._modules]
         for part in self._modules:
             part.log = self._standing_in_for(part.log)
 
     def remove(self) -> None:
         """Gives the modules their own `log` back."""
-        for part in self._modules:
+        for part, log in zip(self._modules, self._before, strict=True):
             vars(part).pop("log", None)
-        self._modules = []
+            if log is not None:  # on the instance
+                part.log = log
+        self._modules, self._before = [], []
 
     @contextmanager
     def silent(self) -> Iterator[None]:
@@ -75,7 +79,8 @@ class StepLogs:
             if self._is_silent:
                 return
             self.names.add(name)
-            if self._averages is None or args or callable(value):  # a torchmetrics object averages by itself
+            reduces = options.get("reduce_fx", "mean") not in ("mean", torch.mean)
+            if self._averages is None or args or reduces or callable(value):  # a torchmetrics object averages by itself
                 log(name, value, *args, **options)
                 return
             before = self._averages[name][1] if name in self._averages else 0.0

@@ -29,10 +29,10 @@ def measured_loss(module: LightningModule) -> Iterator[Callable[[Any], Tensor]]:
         TypeError: In a call, if `training_step` returns no loss.
     """
     takes_index = is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2)
-    logs = StepLogs(module._trainer, module)
     state = ModuleState(module, lambda: (p for p in module.parameters() if p.requires_grad))
     random_before = random_states()
     state.take()
+    logs = StepLogs(module._trainer, module)
     vars(module)["_is_measured"] = True
 
     def loss(batch: Any) -> Tensor:

@@ -1,6 +1,5 @@
 """Which method is put around a module's optimizer."""
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -10,11 +9,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from sam_lightning import optim
-from sam_lightning.optim import SharpnessAware
+from sam_lightning.optim import SAM, SharpnessAware
 
 # The name first: the command line takes what it is given for the first that fits.
 Method: TypeAlias = str | type[SharpnessAware] | partial[SharpnessAware]
-Maker: TypeAlias = Callable[[Optimizer, LightningModule, dict[str, Any]], SharpnessAware]
+Maker: TypeAlias = partial[SharpnessAware]  # of an optimizer, the module that made it, and options
 
 
 def maker_of(method: Method | None) -> Maker | None:
@@ -36,8 +35,17 @@ def maker_of(method: Method | None) -> Maker | None:
         names = sorted(n for n, v in vars(optim).items() if isinstance(v, type) and issubclass(v, SharpnessAware))
         known = ", ".join(name for name in names if name != "SharpnessAware")
         raise ValueError(f"method must be a sharpness-aware class, or one of {known}; got {method!r}.")
-    made = named
-    return lambda optimizer, module, options: made.around(optimizer, names=module, **{**keywords, **options})
+    return partial(_around, named, keywords)
+
+
+def _around(
+    cls: type[SharpnessAware],
+    keywords: dict[str, Any],
+    optimizer: Optimizer,
+    module: LightningModule,
+    options: dict[str, Any],
+) -> SharpnessAware:
+    return cls.around(optimizer, names=module, **{**keywords, **options})
 
 
 def make_sharp(trainer: Trainer, module: LightningModule, maker: Maker | None, options: dict[str, Any]) -> Optimizer:
@@ -54,6 +62,12 @@ def make_sharp(trainer: Trainer, module: LightningModule, maker: Maker | None, o
             raise TypeError(
                 f"{type(module).__name__}.configure_optimizers makes a {type(optimizer).__name__} already, and "
                 f"SharpnessAwareTraining was given {', '.join(options)}: give options in one place only."
+            )
+        asked = SharpnessAware if maker is None else maker.args[0]
+        if asked is not SAM and not isinstance(optimizer, asked):  # SAM is what a callback asks for by default
+            raise TypeError(
+                f"{type(module).__name__}.configure_optimizers makes a {type(optimizer).__name__}, and "
+                f"SharpnessAwareTraining was given {asked.__name__}: name the method in one place only."
             )
         return optimizer
     if maker is None:

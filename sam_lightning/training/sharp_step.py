@@ -195,12 +195,14 @@ class SharpStep:
     def _second_pass(self) -> Iterator[None]:
         self.is_second_pass = True
         vars(self._module)["is_second_pass"] = True
+        vars(self._trainer)["save_checkpoint"] = _save_nothing  # the first pass has saved, at w
         try:
             with self._logs.silent():
                 yield
         finally:
             self.is_second_pass = False
             vars(self._module)["is_second_pass"] = False
+            vars(self._trainer).pop("save_checkpoint", None)
 
     @contextmanager
     def _at_perturbed_weights(self) -> Iterator[None]:
@@ -230,3 +232,7 @@ class SharpStep:
         step = self._trainer.global_step
         is_due = every > 0 and (step + within) // every > step // every
         return is_due and not self._trainer.fit_loop._should_accumulate()
+
+
+def _save_nothing(*args: Any, **kwargs: Any) -> None:
+    """In the place of `Trainer.save_checkpoint`."""

@@ -23,9 +23,7 @@ class StepMetrics:
             self._loss_sum = self._loss_sum + (loss if loss.device.type == "mps" else loss.double())
             self._batches += 1
 
-    def log_step(
-        self, module: LightningModule, logs: StepLogs, result: StepResult, shown: StepResult, lr: float
-    ) -> None:
+    def log_step(self, module: LightningModule, logs: StepLogs, result: StepResult, shown: StepResult, lr: Any) -> None:
         """Logs a batch, and of the last one that was perturbed (`shown`) the loss there.
 
         As if from `training_step`: what the module logs in a later hook under one of these names is another value.
@@ -34,7 +32,7 @@ class StepMetrics:
             "train/loss": result.loss,
             "train/loss_perturbed": shown.loss_perturbed,
             "train/grad_norm": result.grad_norm,
-            "lr": lr,
+            "lr": None if lr is None else float(lr),
         }
         hook, module._current_fx_name = module._current_fx_name, "training_step"
         with logs.unrecorded():

@@ -15,7 +15,7 @@ from commands import BASE, ROOT
 from commands import QUICK as FEW
 from plain_modules import Plain, batches
 from regression import SAM_SGD, SGD, Regression, assert_same, loader, make_network, state_of
-from sam_lightning.callbacks.sharpness_monitor import SharpnessMonitor
+from sam_lightning.callbacks.sharpness_monitor import SharpnessMonitor, measure_module
 from sam_lightning.data import Digits
 from sam_lightning.models import ImageClassifier, digits_cnn
 from sam_lightning.optim.batch_norm import frozen_running_stats
@@ -251,3 +251,11 @@ def test_measures_reach_a_studys_results(tmp_path):
     rows = json.loads((tmp_path / "result.json").read_text())["sharpness"]
     assert [row["epoch"] for row in rows] == [1, 2]
     assert all(row["trace"] > 0 for row in rows)
+
+
+def test_a_measured_module_is_as_before(trainer):
+    module = Plain()
+    before = dict(vars(module))
+    for _ in range(2):
+        measure_module(module, [next(iter(batches()))], QUICK)
+    assert vars(module) == before

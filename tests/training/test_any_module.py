@@ -1,6 +1,7 @@
 """Modules as people write them take sharp steps unedited: the same function twice, and no trace of the second pass."""
 
 import copy
+import pickle
 import random
 import warnings
 from collections import Counter, OrderedDict, defaultdict
@@ -20,7 +21,7 @@ from torchmetrics.classification import BinaryAccuracy
 
 from plain_modules import RHO, Plain, batches, distance, rows, sharp_loop
 from sam_lightning import ASAM, SAM
-from sam_lightning.optim import late
+from sam_lightning.optim import late, mutable_values
 from sam_lightning.training import SharpnessAwareModule, SharpnessAwareTraining
 
 
@@ -730,3 +731,132 @@ def test_one_callback_serves_many_trainings(trainer):
         sharp_loop(expected, batches())
         assert distance(module, expected) < 1e-14
         assert not {"log", "is_second_pass"} & vars(module).keys()
+
+
+def test_a_frozen_backbone_is_not_written_to(trainer):
+    """Of small layers, whose copies would cost a thousand times the step."""
+
+    class Frozen(Plain):
+        def __init__(self):
+            super().__init__()
+            self.backbone = nn.Linear(4, 4).double().requires_grad_(False)
+
+        def training_step(self, batch, batch_idx):
+            return super().training_step((self.backbone(batch[0]), batch[1]), batch_idx)
+
+    module = Frozen()
+    sharp(trainer, module, epochs=3)
+    assert module.backbone.weight._version <= 2  # what making it in float64 has written
+
+
+def test_a_module_that_holds_its_data_is_not_copied(trainer, monkeypatch):
+    looked_into = []
+    original = mutable_values.restorer
+
+    def counted(value, budget):
+        looked_into.append(value)
+        return original(value, budget)
+
+    class Holding(Plain):
+        def __init__(self):
+            super().__init__()
+            self.rows = [[i] * 100 for i in range(9000)]
+
+        def training_step(self, batch, batch_idx):
+            self.rows.append([0])
+            return super().training_step(batch, batch_idx)
+
+    monkeypatch.setattr(mutable_values, "restorer", counted)
+    module = Holding()
+    sharp(trainer, module)
+    assert len(module.rows) == 9004
+    assert len(looked_into) < 4 * 2 * 10_000 + 1000
+
+
+def test_tensors_in_lists_and_tuples_are_put_back_too(trainer):
+    class Hidden(Plain):
+        def __init__(self):
+            super().__init__()
+            self.states, self.pair = [torch.zeros(1)], (torch.zeros(1), [])
+
+        def training_step(self, batch, batch_idx):
+            self.states[0].add_(1)
+            self.pair[0].add_(1)
+            self.pair[1].append(1)
+            return super().training_step(batch, batch_idx)
+
+    module = Hidden()
+    sharp(trainer, module, epochs=2)
+    assert module.states[0] == module.pair[0] == len(module.pair[1]) == 8
+
+
+def test_sums_and_extremes_of_micro_batches_are_not_averaged(trainer):
+    class Logging(Plain):
+        def training_step(self, batch, batch_idx):
+            self.log("samples", float(len(batch[0])), reduce_fx="sum", on_step=False, on_epoch=True)
+            return super().training_step(batch, batch_idx)
+
+    for micro_batches in (1, 2):
+        made = sharp(trainer, Logging(), micro_batches=micro_batches)
+        assert made.callback_metrics["samples"] == 32
+
+
+@pytest.mark.parametrize("method", [SAM, "ASAM", partial(SAM, rho=RHO)])
+def test_the_callback_can_be_pickled(method):
+    """As Trainers that spawn their processes do."""
+    copied = pickle.loads(pickle.dumps(SharpnessAwareTraining(method)))
+    assert copied.state_dict() == {"loss_sum": 0.0, "batches": 0}
+
+
+def test_another_method_than_the_modules_is_refused(trainer):
+    class Made(Plain):
+        def configure_optimizers(self):
+            return SAM(self.parameters(), torch.optim.SGD, lr=0.1, rho=0.3)
+
+    with pytest.raises(TypeError, match="makes a SAM, and SharpnessAwareTraining was given ASAM"):
+        trainer(callbacks=[SharpnessAwareTraining("ASAM")]).fit(Made(), batches())
+
+
+def test_a_checkpoint_saved_within_the_step_is_the_first_passs(trainer, tmp_path):
+    class Saving(Plain):
+        def training_step(self, batch, batch_idx):
+            if self.global_step == 2 and not weights:
+                weights.extend(p.detach().clone() for p in self.parameters())
+            if self.global_step == 2:
+                self.trainer.save_checkpoint(tmp_path / "within.ckpt")
+            return super().training_step(batch, batch_idx)
+
+    weights = []
+    made = sharp(trainer, Saving())
+    assert made.global_step == 4
+    saved = torch.load(tmp_path / "within.ckpt", weights_only=True)["state_dict"]
+    assert all(torch.equal(a, b) for a, b in zip(weights, saved.values(), strict=True))
+    assert "save_checkpoint" not in vars(made)
+
+
+def test_weights_asked_for_in_the_second_pass_are_refused(trainer):
+    class Asking(Plain):
+        def training_step(self, batch, batch_idx):
+            self.state_dict()
+            return super().training_step(batch, batch_idx)
+
+    with pytest.raises(RuntimeError, match="the weights are perturbed in the second pass"):
+        sharp(trainer, Asking())
+
+
+def test_a_failed_epochs_losses_are_not_the_next_trainings(trainer):
+    class Failing(Plain):
+        def training_step(self, batch, batch_idx):
+            if batch_idx == 2:
+                raise InterruptedError
+            return super().training_step(batch, batch_idx)
+
+    callback = SharpnessAwareTraining(SAM, rho=RHO)
+    with pytest.raises(InterruptedError):
+        trainer(callbacks=[callback]).fit(Failing(), batches())
+    found = []
+    for used in (callback, SharpnessAwareTraining(SAM, rho=RHO)):
+        made = trainer(callbacks=[used])
+        made.fit(Plain(), batches())
+        found.append(made.callback_metrics["train/loss_epoch"].item())
+    assert found[0] == found[1]
