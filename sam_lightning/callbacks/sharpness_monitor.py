@@ -119,7 +119,9 @@ class SharpnessMonitor(Callback):
         exploded = math.isfinite(before) and not perturbed <= self._first_loss
         self._alarms = self._alarms + 1 if exploded and trainer.current_epoch > 0 else 0
         if self._alarms == _ALARMS:
-            radii = sorted({group["rho"] for group in trainer.optimizers[0].param_groups})
+            optimizer = trainer.optimizers[0]
+            assert isinstance(optimizer, SharpnessAware)
+            radii = sorted({rho for group in optimizer.param_groups if (rho := optimizer.radius(group)) > 0})
             numbers = {name: float(value) for name, value in self._signals.items()}
             warnings.warn(
                 f"rho = {', '.join(f'{rho:g}' for rho in radii)} looks too large for this network: at step "

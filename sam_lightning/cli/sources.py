@@ -76,7 +76,7 @@ def _settings(words: Sequence[str]) -> Iterator[Typed]:
 def _files(words: Sequence[str]) -> Iterator[tuple[str, str]]:
     """(option, file) of each value that is one."""
     for option, value in _options(words):
-        if Path(value).is_file() and (not option or value.endswith(ENDINGS)):
+        if (not option or value.endswith(ENDINGS)) and len(value) < 255 and Path(value).is_file():
             yield option, value
 
 

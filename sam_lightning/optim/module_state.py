@@ -2,22 +2,16 @@
 
 from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from dataclasses import dataclass
-from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from sam_lightning.optim.attributes import MODULE_ATTRIBUTES, Attributes, objects_in, tensors_of, with_prefixes
 from sam_lightning.optim.batch_copies import version
-from sam_lightning.optim.mutable_values import Budget, Restore, is_small, restorer
+from sam_lightning.optim.mutable_values import is_small
 from sam_lightning.optim.shards import local_parts
-
-# And what stands in for a method of a LightningModule while it trains.
-_MODULE_ATTRIBUTES = frozenset(vars(nn.Module())) | {"log"}
-_NO_COLLECTION = frozenset({int, float, bool, str, type(None), list, dict, tuple, FunctionType, MethodType, ModuleType})
-# Objects of these packages are settings or machinery, not what a training step counts and collects.
-_MACHINERY = {"builtins", "functools", "torch", "torchvision", "lightning", "pytorch_lightning", "numpy", "omegaconf"}
 
 
 @dataclass
@@ -29,6 +23,7 @@ class _Tracked:
     kind: str  # buffer, attribute or parameter
     version: int  # when the pass began that is running
     start: Tensor | None  # what it was before the first pass, where that is known
+    checksum: Tensor | None = None  # of what it was, in the first pass ever and where it is not known
     end: Tensor | None = None  # what the first pass left, if it changed it
 
 
@@ -73,13 +68,16 @@ class ModuleState:
     @torch.no_grad()
     def take(self) -> None:
         """Notes the state before a pass."""
-        self._modules = list(_with_prefixes(self._module, "", set()))
+        self._modules = list(with_prefixes(self._module, "", set()))
         self._where = list(self._owners())
-        self._start = _Attributes(self._where)
+        self._start = Attributes(self._where)
         self._tracked = [
             _Tracked(name, tensor, kind, version(tensor), self._copy_of(name, tensor, kind))
             for name, tensor, kind in self._tensors()
         ]
+        for tracked in self._tracked:
+            if tracked.start is None and not self._has_observed_a_pass:
+                tracked.checksum = _checksum(tracked.tensor)
         buffers = (buffer for _, module in self._modules for buffer in module._buffers.values())
         self._lazy = [b for b in buffers if b is not None and is_lazy(b)]  # made by the first pass ever
 
@@ -96,7 +94,7 @@ class ModuleState:
             self._has_observed_a_pass = True
             buffers = {tracked.name for tracked in self._tracked if tracked.kind == "buffer"}
             self._kept = {name: kept for name, kept in self._kept.items() if name in buffers}
-        self._end = _Attributes(self._where)
+        self._end = Attributes(self._where)
         self._start.restore()
         _copy([(t.tensor, t.start) for t in self._tracked if t.end is not None])
         for tracked in self._tracked:
@@ -115,13 +113,15 @@ class ModuleState:
         self._start.restore()
 
     def _copy_of(self, name: str, tensor: Tensor, kind: str) -> Tensor | None:
-        is_watched = kind == "parameter" and self._has_observed_a_pass  # of a frozen backbone there may be many
+        # Of a frozen backbone there may be many.
+        is_watched = kind == "parameter" and (self._has_observed_a_pass or not self._compares_others)
         if name in self._changing or (is_small(tensor) and not is_watched):
             return tensor.detach().clone()
         kept = self._kept.get(name)
         if kept is not None and kept[0] is tensor and kept[1] == version(tensor):
             return kept[2]
-        if kind == "buffer" or not self._has_observed_a_pass:
+        is_compared = not self._has_observed_a_pass and (kind != "parameter" or self._compares_others)
+        if kind == "buffer" or is_compared:
             self._kept[name] = tensor, version(tensor), tensor.detach().clone()
             return self._kept[name][2]
         return None
@@ -130,8 +130,7 @@ class ModuleState:
         """Whether the first pass has changed it; notes what that says of later passes."""
         name = tracked.name
         if version(tracked.tensor) == tracked.version and name not in self._unseen:
-            is_compared = not self._has_observed_a_pass and tracked.start is not None
-            if not is_compared or torch.equal(tracked.tensor, tracked.start):  # type: ignore[arg-type]
+            if self._has_observed_a_pass or self._is_as_it_was(tracked):
                 return False
             self._unseen.add(name)
         if tracked.start is None and name:
@@ -142,26 +141,32 @@ class ModuleState:
         self._kept.pop(name, None)
         return True
 
+    @staticmethod
+    def _is_as_it_was(tracked: _Tracked) -> bool:
+        if tracked.start is not None:
+            return torch.equal(tracked.tensor, tracked.start)
+        return tracked.checksum is None or torch.equal(_checksum(tracked.tensor), tracked.checksum)
+
     # Where state lies.
 
     def _tensors(self) -> Iterator[tuple[str, Tensor, str]]:
         """(name, tensor, buffer or attribute or parameter) of everything that has values of its own to keep."""
         for prefix, attributes, is_buffers in self._where:
-            for key, value in attributes.items():
-                if not isinstance(value, Tensor) or value.requires_grad or not _has_values(value):
+            for key, value in tensors_of(attributes):
+                if value.requires_grad or not _has_values(value):
                     continue
                 if is_buffers and not self._running_stats and is_running_statistic(key):
                     continue
                 yield prefix + key, value, "buffer" if is_buffers else "attribute"
-        if self._has_observed_a_pass or self._compares_others:
-            moved = set(self._trained())
-            for prefix, module in self._modules:
-                for key, parameter in module._parameters.items():
-                    if parameter is not None and parameter not in moved and _has_values(parameter):
-                        yield prefix + key, parameter, "parameter"
+        moved = set(self._trained())
+        for prefix, module in self._modules:
+            for key, parameter in module._parameters.items():
+                if parameter is not None and parameter not in moved and _has_values(parameter):
+                    yield prefix + key, parameter, "parameter"
 
     def _owners(self) -> Iterator[tuple[str, MutableMapping[str, Any], bool]]:
         """(prefix of the names, attributes, whether they are buffers) of modules and of the objects they hold."""
+        met: set[int] = set()
         for prefix, module in self._modules:
             if isinstance(module, torch.jit.ScriptModule):
                 yield prefix, dict(module.named_buffers(recurse=False)), True
@@ -172,31 +177,8 @@ class ModuleState:
                 continue
             yield prefix, vars(module), False
             for key, value in vars(module).items():
-                if key not in _MODULE_ATTRIBUTES and _collects(value):
-                    yield f"{prefix}{key}.", vars(value), False
-
-
-class _Attributes:
-    """The attributes of all owners at one moment, and what their mutable values hold."""
-
-    def __init__(self, owners: list[tuple[str, MutableMapping[str, Any], bool]]) -> None:
-        self._values: list[tuple[MutableMapping[str, Any], dict[str, Any]]] = []
-        self._restorers: list[Restore] = []
-        budget = Budget()
-        for _, attributes, _ in owners:
-            values = {key: value for key, value in attributes.items() if key not in _MODULE_ATTRIBUTES}
-            self._values.append((attributes, values))
-            self._restorers += [restore for value in values.values() if (restore := restorer(value, budget))]
-
-    def restore(self) -> None:
-        for attributes, values in self._values:
-            for key in [key for key in attributes if key not in values and key not in _MODULE_ATTRIBUTES]:
-                del attributes[key]
-            for key, value in values.items():
-                if attributes.get(key, self) is not value:
-                    attributes[key] = value
-        for restore in self._restorers:
-            restore()
+                if key not in MODULE_ATTRIBUTES:
+                    yield from ((name, vars(held), False) for name, held in objects_in(value, f"{prefix}{key}.", met))
 
 
 def is_running_statistic(name: str) -> bool:
@@ -204,21 +186,10 @@ def is_running_statistic(name: str) -> bool:
     return name.startswith("running_") or name == "num_batches_tracked"
 
 
-def _with_prefixes(module: nn.Module, prefix: str, met: set[nn.Module]) -> Iterator[tuple[str, nn.Module]]:
-    """(prefix of the names, module) of all modules, each once; less general than `named_modules`, and faster."""
-    if module not in met:
-        met.add(module)
-        yield prefix, module
-        for name, child in module._modules.items():
-            if child is not None:
-                yield from _with_prefixes(child, f"{prefix}{name}.", met)
-
-
-def _collects(value: Any) -> bool:
-    """Whether this is a plain object of the user's, which may collect or count something."""
-    if type(value) in _NO_COLLECTION or isinstance(value, nn.Module | Tensor | type):
-        return False
-    return hasattr(value, "__dict__") and type(value).__module__.partition(".")[0] not in _MACHINERY
+def _checksum(tensor: Tensor) -> Tensor:
+    """Of the tensor's bytes; another one tells a change, without a copy."""
+    part = local_parts([tensor.detach()])[0].contiguous()
+    return part.view(torch.uint8).sum(dtype=torch.int64) if part.ndim else part
 
 
 def _has_values(tensor: Tensor) -> bool:

@@ -57,6 +57,8 @@ class MSAM(SharpnessAware):
     needs_first_gradient = False
 
     def __init__(self, params: Params, base: BaseOptimizer, rho: float = 3.0, **base_options: Any) -> None:
+        if base_options.pop("every", 1) != 1:
+            raise ValueError("MSAM takes no `every`: it has one pass in every step, which could not be left out.")
         super().__init__(params, base, rho, **base_options)
 
     def displacement(self, weights: list[Tensor], grads: list[Tensor]) -> Sequence[Tensor]:

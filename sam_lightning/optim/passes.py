@@ -44,8 +44,10 @@ def run_passes(
         return torch.stack(total).sum()
 
     def loss_scale() -> Tensor | float:
-        device = optimizer.param_groups[0]["params"][0].device
-        return 1.0 if scaler is None else scaler.scale(torch.ones((), device=device))
+        if scaler is None:
+            return 1.0
+        device = next(p.device for group in optimizer.param_groups for p in group["params"])
+        return scaler.scale(torch.ones((), device=device))
 
     optimizer.zero_grad()
     if not optimizer.needs_first_gradient:

@@ -52,6 +52,12 @@ class Gradients:
             else:
                 weight.grad = gradient.add_(weight.grad)
 
+    def of_others(self) -> list[tuple[Tensor, Tensor | None]]:
+        """(parameter, copy of its gradient) of those that the optimizer does not have, and somebody else may step."""
+        own = set(self._weights())
+        others = [p for p in self._module.parameters() if p.requires_grad and p not in own]
+        return [(p, None if p.grad is None else p.grad.clone()) for p in others]
+
     def must_stay(self) -> bool:
         """Whether a first pass that is not synchronised must leave gradients behind, though zero.
 

@@ -149,10 +149,7 @@ class SharpnessAwareModule(LightningModule):
     @property
     def is_second_pass(self) -> bool:
         """Whether `training_step` runs at w + e, or is being measured: not once more for a batch of the training."""
-        if "_is_measured" in vars(self):
-            return True
-        callbacks = [] if self._trainer is None else self._trainer.callbacks  # type: ignore[attr-defined]
-        return any(isinstance(callback, SharpnessAwareTraining) and callback.is_second_pass for callback in callbacks)
+        return "_is_measured" in vars(self) or vars(self).get("is_second_pass", False)
 
     # What a subclass may give.
 

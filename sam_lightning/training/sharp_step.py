@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -18,21 +17,8 @@ from sam_lightning.training.gradients import Gradients
 from sam_lightning.training.logs import StepLogs
 from sam_lightning.training.micro_batches import split_batch
 from sam_lightning.training.sharding import reshard, share_buffers
+from sam_lightning.training.step_result import StepResult
 from sam_lightning.training.strategies import is_sharded, synchronised, unsynchronised
-
-
-@dataclass
-class StepResult:
-    """What the passes of one batch came to; tensors stay on their device."""
-
-    loss: Tensor | None = None  # at w
-    loss_perturbed: Tensor | None = None  # at w + e
-    grad_norm: Tensor | None = None  # ||g|| at w, before clipping; in steps that are logged
-
-    @property
-    def passes(self) -> int:
-        """The number of gradients."""
-        return (self.loss is not None) + (self.loss_perturbed is not None)
 
 
 class SharpStep:
@@ -196,6 +182,7 @@ class SharpStep:
         self.is_second_pass = True
         vars(self._module)["is_second_pass"] = True
         vars(self._trainer)["save_checkpoint"] = _save_nothing  # the first pass has saved, at w
+        others = self._gradients.of_others()
         try:
             with self._logs.silent():
                 yield
@@ -203,6 +190,8 @@ class SharpStep:
             self.is_second_pass = False
             vars(self._module)["is_second_pass"] = False
             vars(self._trainer).pop("save_checkpoint", None)
+            for parameter, gradient in others:
+                parameter.grad = gradient
 
     @contextmanager
     def _at_perturbed_weights(self) -> Iterator[None]:

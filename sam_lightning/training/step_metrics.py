@@ -6,7 +6,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 
 from sam_lightning.training.logs import StepLogs
-from sam_lightning.training.sharp_step import StepResult
+from sam_lightning.training.step_result import StepResult
 
 
 class StepMetrics:

@@ -102,3 +102,15 @@ def test_ones_own_backward():
     module = Plain()
     train(module, epochs=1, backward=backward)
     assert len(seen) == 8
+
+
+def test_a_group_may_be_empty():
+    layer = nn.Linear(4, 1).double()
+    optimizer = SAM([{"params": []}, {"params": list(layer.parameters())}], torch.optim.SGD, lr=0.1)
+    x, y = next(iter(batches()))
+    assert optimizer.passes(lambda: mse_loss(layer(x), y)) > 0
+
+
+def test_a_method_with_one_pass_has_no_steps_to_leave_it_out():
+    with pytest.raises(ValueError, match="MSAM takes no `every`"):
+        MSAM(nn.Linear(2, 1).parameters(), torch.optim.SGD, lr=0.1, momentum=0.9, every=2)

@@ -860,3 +860,105 @@ def test_a_failed_epochs_losses_are_not_the_next_trainings(trainer):
         made.fit(Plain(), batches())
         found.append(made.callback_metrics["train/loss_epoch"].item())
     assert found[0] == found[1]
+
+
+class Meter:
+    def __init__(self):
+        self.seen, self.inner = [], None
+
+    def update(self):
+        self.seen.append(1)
+
+
+class Average:
+    """An exponential average as a library keeps it: a list of tensors and a count."""
+
+    def __init__(self, parameters):
+        self.shadow, self.updates = [torch.zeros_like(p) for p in parameters], 0
+
+    @torch.no_grad()
+    def update(self):
+        self.updates += 1
+        for tensor in self.shadow:
+            tensor += 0.1 * (1 - tensor)
+
+
+@pytest.mark.parametrize("width", [4, 400], ids=["small", "large"])
+def test_objects_in_objects_and_containers_count_once(trainer, width):
+    class Holding(Plain):
+        def __init__(self):
+            super().__init__()
+            self.outer = Meter()
+            self.outer.inner = Meter()
+            self.meters, self.by_name = [Meter()], {"loss": Meter()}
+            self.average = Average([torch.zeros(width, width)])
+
+        def training_step(self, batch, batch_idx):
+            for meter in (self.outer, self.outer.inner, *self.meters, *self.by_name.values()):
+                meter.update()
+            self.average.update()
+            if not hasattr(self, "made_by_the_step"):
+                self.made_by_the_step = 0
+            self.made_by_the_step += 1
+            return super().training_step(batch, batch_idx)
+
+    module = Holding()
+    sharp(trainer, module, epochs=2)
+    meters = (module.outer, module.outer.inner, *module.meters, *module.by_name.values())
+    assert {len(meter.seen) for meter in meters} == {module.average.updates} == {module.made_by_the_step} == {8}
+    assert module.average.shadow[0][0, 0].item() == pytest.approx(1 - 0.9**8, rel=1e-5)
+
+
+def test_a_hidden_teacher_beside_a_larger_frozen_network_is_found(trainer):
+    class Beside(Teacher):
+        def __init__(self):
+            super().__init__(hides_it=True)
+            self.frozen = nn.Linear(1200, 1200).requires_grad_(False)
+
+        def training_step(self, batch, batch_idx):
+            for parameter in self.teacher.parameters():
+                parameter.data.add_(1)
+            return Plain.training_step(self, batch, batch_idx)
+
+    module = Beside()
+    before = [p.clone() for p in module.teacher.parameters()]
+    with pytest.warns(UserWarning, match=r"teacher.weight, teacher.bias: changed in training_step"):
+        sharp(trainer, module)
+    for parameter, start in zip(module.teacher.parameters(), before, strict=True):
+        torch.testing.assert_close(parameter, start + 4)
+
+
+def test_gradients_of_what_the_optimizer_does_not_have_are_the_first_passs(trainer):
+    class Tempered(Plain):
+        def __init__(self):
+            super().__init__()
+            self.temperature = nn.Parameter(torch.ones((), dtype=torch.float64))
+
+        def training_step(self, batch, batch_idx):
+            return mse_loss(self.temperature * self.net(batch[0]), batch[1])
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.net.parameters(), lr=0.0)
+
+    gradients = []
+    for callbacks in ([], [SharpnessAwareTraining(SAM, rho=RHO)]):
+        module = Tempered()
+        trainer(callbacks=callbacks).fit(module, batches())
+        gradients.append(module.temperature.grad.item())
+    assert gradients[0] == gradients[1]
+
+
+def test_a_large_buffer_that_only_the_second_pass_changes_is_put_back(trainer):
+    class Odd(SharpByMixin):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("large", torch.zeros(2**18 + 1))
+
+        def training_step(self, batch, batch_idx):
+            if self.is_second_pass and self.global_step > 0:
+                self.large += 1
+            return super().training_step(batch, batch_idx)
+
+    module = Odd()
+    trainer().fit(module, batches())
+    assert module.large.sum() == 0
