@@ -24,7 +24,9 @@ def rebuilt(batch: Any, tensor: Callable[[Tensor], Tensor] = lambda t: t) -> Any
         return PackedSequence(tensor(batch.data), batch.batch_sizes, batch.sorted_indices, batch.unsorted_indices)
     if isinstance(batch, tuple):
         parts = [rebuilt(part, tensor) for part in batch]
-        return type(batch)(*parts) if hasattr(batch, "_fields") else type(batch)(parts)
+        if hasattr(batch, "_fields"):
+            return type(batch)(*parts)
+        return tuple(parts) if type(batch) is tuple else batch  # of a class of one's own, made in its own way
     if not (hasattr(batch, "__dict__") or hasattr(batch, "__copy__") or isinstance(batch, list | dict)):
         return batch  # a number, a string
     try:

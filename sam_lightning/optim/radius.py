@@ -23,7 +23,7 @@ class Progress:
         step: Steps taken.
         total_steps: Steps of the whole training; infinite where nobody knows.
         lr: The learning rate of the step.
-        initial_lr: The learning rate that schedules take for 1, such as a group's `initial_lr`.
+        initial_lr: The learning rate that schedules take for 1: the largest one so far.
     """
 
     step: int
@@ -132,5 +132,14 @@ def follow_schedule(optimizer: Any, schedule: RadiusSchedule, step: int, total_s
     for group in optimizer.param_groups:
         own = group.setdefault("initial_rho", optimizer.radius(group))
         lr = float(group.get("lr", 1.0))
-        progress = Progress(step, total_steps, lr, float(group.get("initial_lr", lr)))
-        group[optimizer.radius_key] = own * schedule(progress)
+        # A cycle begins with its lowest rate, and a warm-up may be anybody's: the largest so far counts.
+        known = (group.get(key, 0.0) for key in ("max_lr", "initial_lr", "peak_lr"))
+        group["peak_lr"] = max(lr, *map(float, known))
+        group[optimizer.radius_key] = own * schedule(Progress(step, total_steps, lr, group["peak_lr"]))
+
+
+def end_schedule(optimizer: Any) -> None:
+    """Gives every group its own radius back, which a schedule may have left at another value in a checkpoint."""
+    for group in optimizer.param_groups:
+        if "initial_rho" in group:
+            group[optimizer.radius_key] = group.pop("initial_rho")

@@ -63,9 +63,9 @@ def add_(targets: list[Tensor], vectors: Sequence[Tensor], factor: float) -> Non
             torch._foreach_add_(targets, vectors, alpha=scale)
         else:  # torch does not take such a number beside float16
             torch._foreach_add_(targets, list(torch._foreach_mul(vectors, scale)))
-    elif _alike(targets + vectors):
+    elif _alike(targets + vectors) and all(t.stride() == v.stride() for t, v in zip(targets, vectors, strict=True)):
         # The only multi-tensor operation of torch that scales by what the host does not know, and that skips all of
-        # it by a flag: plain gradient descent.
+        # it by a flag: plain gradient descent. On the CPU it goes through memory without a look at strides.
         torch._fused_sgd_(
             targets,
             vectors,

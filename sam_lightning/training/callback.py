@@ -6,7 +6,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
 from sam_lightning.optim import RadiusSchedule, SharpnessAware
-from sam_lightning.optim.radius import follow_schedule
+from sam_lightning.optim.radius import end_schedule, follow_schedule
 from sam_lightning.optim.replay import Replay
 from sam_lightning.training.divergence import refuse_diverged
 from sam_lightning.training.logs import StepLogs
@@ -142,6 +142,11 @@ class SharpnessAwareTraining(Callback):
     def is_second_pass(self) -> bool:
         """Whether `training_step` runs at w + e."""
         return self.step is not None and self.step.is_second_pass
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Forgets the schedule of a checkpoint, where there is none now."""
+        if self.radius is None and isinstance(trainer.optimizers[0], SharpnessAware):
+            end_schedule(trainer.optimizers[0])
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Sets the step's radius; notes m, of the first batch: an incomplete last one has fewer samples."""

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from sam_lightning.optim import norms
+from sam_lightning.optim.vectors import Scaled, add_
 
 
 @pytest.mark.parametrize("on_host", [True, False])
@@ -38,3 +39,10 @@ def test_half_precision_is_summed_in_float32(dtype):
     value = norms.global_norm([torch.full((1000,), 3e4, dtype=dtype), torch.full((1000,), 3e4, dtype=dtype)])
     assert value.dtype is torch.float32
     assert value.item() == pytest.approx(torch.tensor(3e4, dtype=dtype).item() * 2000**0.5, rel=1e-6)
+
+
+def test_addition_looks_at_strides():
+    """A transposed memory beside a contiguous weight, as after a change of layout."""
+    target, vector = torch.zeros(2, 3), torch.arange(6.0).reshape(3, 2).t()
+    add_([target], Scaled([vector], torch.tensor(1.0)), 1.0)
+    assert torch.equal(target, vector)

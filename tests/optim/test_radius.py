@@ -4,10 +4,11 @@ import math
 import pickle
 
 import pytest
+import torch
 
 from cases import SGD, Net
 from sam_lightning import SAM
-from sam_lightning.optim.radius import Progress, follow_lr, late, warm_up
+from sam_lightning.optim.radius import Progress, end_schedule, follow_lr, follow_schedule, late, warm_up
 
 
 @pytest.mark.parametrize(
@@ -60,3 +61,47 @@ def test_late_takes_one_pass_before_and_two_after():
             passes.append(1 + perturbs)
         optimizer.step()
     assert passes == [1, 1, 2, 2]
+
+
+def rates_and_radii(make, steps=12):
+    weight = torch.nn.Parameter(torch.ones(2))
+    optimizer = SAM([weight], torch.optim.SGD, lr=0.1, rho=0.5)
+    scheduler = make(optimizer)
+    seen = []
+    for step in range(steps):
+        follow_schedule(optimizer, follow_lr(), step, steps)
+        seen.append((optimizer.param_groups[0]["lr"], optimizer.param_groups[0]["rho"]))
+        weight.square().sum().backward()
+        with optimizer.perturbed():
+            pass
+        optimizer.step()
+        scheduler(optimizer, step)
+    return seen
+
+
+def test_the_radius_never_exceeds_its_own_whatever_the_rate_does():
+    def one_cycle(optimizer):
+        scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.4, total_steps=20)
+        return lambda *_: scheduler.step()
+
+    def by_hand(_):
+        def warm(optimizer, step):
+            optimizer.param_groups[0]["lr"] = 0.1 * 0.5 ** max(0, step - 5)
+
+        return warm
+
+    cycle = rates_and_radii(one_cycle)
+    assert all(rho == pytest.approx(0.5 * lr / 0.4) for lr, rho in cycle)
+    assert max(rho for _, rho in cycle) <= 0.5
+    hand = rates_and_radii(by_hand)
+    assert [rho for _, rho in hand] == pytest.approx([0.5 * lr / 0.1 for lr, _ in hand])
+    assert hand[-1][1] < 0.5
+
+
+def test_a_radius_that_a_schedule_has_left_is_given_back():
+    optimizer = SAM([torch.nn.Parameter(torch.ones(2))], torch.optim.SGD, lr=0.1, rho=0.5)
+    follow_schedule(optimizer, late(0.9), 0, 10)
+    assert optimizer.param_groups[0]["rho"] == 0
+    end_schedule(optimizer)
+    assert optimizer.param_groups[0]["rho"] == 0.5
+    assert "initial_rho" not in optimizer.param_groups[0]
