@@ -45,7 +45,7 @@ def save_predictions(trainer: Trainer, run: Path) -> None:
 
 @rank_zero_only
 def say_how_to_go_on(run: Path) -> None:
-    """After Ctrl-C."""
+    """After Ctrl-C, which Lightning turns into a `SystemExit` that `CLI.fit` in `command.py` catches."""
     saved = any((run / CHECKPOINTS).glob("*.ckpt"))
     how = f"go on with: sam-lightning fit --ckpt_path {run}" if saved else "no epoch was finished, none saved"
     print(f"interrupted: {how}", file=sys.stderr)

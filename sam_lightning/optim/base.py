@@ -33,24 +33,30 @@ class SharpnessAware(Perturbation):
     a group may bring its own, and a group with `rho=0` is not perturbed. Where the base has a `rho` of its
     own, such as Adadelta's decay, the radius is the key `sam_rho`, and `rho` stays the base's.
 
-    Add a method: one file with one class, its name in two `__init__.py`, a block in `configs/optimizers/`, and one
-    row of tests. The class has
+    Add a method: begin with a copy of `sam_lightning/optim/sam.py` as `<name>.py` beside it, and give it in turn
 
-    - `displacement(weights, grads)`: e for rho = 1, and often nothing else. Of a vector and a factor make
-      `Scaled`, which needs no memory; its factor must be 0 where a gradient is not finite, as `reciprocal` of a
-      `global_norm` is;
-    - `__init__(params, base, rho=..., every=1, **base_options)`, which keeps its own options as public
-      attributes and calls `super().__init__`;
-    - where both gradients decide what descends: `descent`, with `keeps_first_gradient = True` if it needs the
-      first one, or `blend` if it is a fixed mixture of the two, which needs no memory;
-    - where something lasts from step to step: `memory`, its name in the state, `recall` to read it and
-      `remember` to renew it, without the `loss_scale` of the gradients;
-    - `needs_mean_gradient = True` if the processes would drift apart unless they share the first gradient;
-    - `needs_first_gradient = False` if e comes from elsewhere: one pass.
+    - its name in the two `__init__.py` of `sam_lightning` and `sam_lightning/optim`;
+    - `configs/optimizers/<name>.yaml`, whose first line says what it is;
+    - its formula, written out in float64, in `tests/helpers/oracle_methods.py`, where `Sam` says what is asked;
+    - a row in `CASES` of `tests/helpers/cases.py`: name, class, formula and options, with `reaches_the_ball=False` if
+      the length of its e is not rho. Every test of the contract then runs on it: `pytest tests/optim -k <name>`, then
+      `pytest tests/optim tests/training tests/studies/test_configs.py tests/test_architecture.py`.
 
-    The row in `CASES` of `tests/helpers/cases.py` names the class, its options and its formula, written out in
-    float64 in `oracle_methods.py`, and runs every test of the contract on it. `FriendlySAM` is a short example
-    with everything but `descent`.
+    The class has
+
+    - `displacement(weights, grads)`: e for rho = 1, and often nothing else. It must give zeros where the gradient is
+      zero or not finite. `Scaled(vectors, factor)` needs no memory, and is nothing where its factor is 0, as
+      `reciprocal(global_norm(...))` is for a norm that is 0 or not finite. Gradients come times `loss_scale`: divide
+      by it unless e is a unit direction. `vectors.py` also has `add_` and `inner_product`;
+    - `__init__(params, base, rho=..., every=1, **base_options)`, which checks its own options (`check_radius`: finite
+      and at least 0), keeps them as public attributes and calls `super().__init__`;
+    - where both gradients decide what descends: `descent`, with `keeps_first_gradient = True` if it needs the first
+      one (`gsam.py`), or `blend` if it is a fixed mixture of the two, which needs no memory (`wsam.py`);
+    - where something lasts from step to step: `memory`, its name in the state, `recall` to read it and `remember` to
+      renew it, without the gradients' `loss_scale`, with `keeps_first_gradient = True` (`friendly_sam.py`);
+    - `needs_mean_gradient = True` if what descends depends on a process's own first gradient otherwise than through e
+      and `blend`, or a memory does: without the mean over all processes they would drift apart;
+    - `needs_first_gradient = False` if e comes from elsewhere: one pass (`msam.py`).
 
     Args:
         params: Parameters, `(name, parameter)` pairs, or group dictionaries, as torch optimizers take them.

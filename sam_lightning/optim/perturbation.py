@@ -41,7 +41,8 @@ class Perturbation(Method, RadiusGroups):
         without the other call its `reshard()`.
 
         Args:
-            loss_scale: What the loss is multiplied by (`GradScaler.get_scale()`). Only methods with a memory use it.
+            loss_scale: What the loss is multiplied by (`GradScaler.get_scale()`). Needed by methods with a memory and
+                by those whose e grows with the gradient.
 
         Raises:
             RuntimeError: If entered while perturbed, if no parameter has a gradient, or if one is sparse.

@@ -189,10 +189,10 @@ def step(optimizer, net):
     optimizer.step()
 
 
-def displaced(optimizer, module):
+def displaced(optimizer, module, loss_scale=1.0):
     """e, by looking inside."""
     before = [p.detach().clone() for p in module.parameters()]
-    with optimizer.perturbed():
+    with optimizer.perturbed(loss_scale):
         return [p.detach() - w for p, w in zip(module.parameters(), before, strict=True)]
 
 

@@ -26,18 +26,31 @@ def combined(a, x, b, y):
 
 
 class Sam:
-    """e = rho g / ||g||; descends along g_e."""
+    """e = rho g / ||g||; descends along g_e.
+
+    A method's oracle has these four functions; `oracles.sharpness_aware_steps` calls them. Their lists have one entry
+    for every parameter of the network, frozen ones included, in one order. In `g` and `g_e`, the gradients at w and at
+    w + e, an entry is None where a parameter has no gradient, and so it may be in what `descends` and `between` return.
+    """
 
     def __init__(self, names, every=1):
+        """Gets the parameters' names, then the options of the case's row."""
         self.every = every
 
     def displacements(self, weights, g, radii, base):
+        """All of e, zeros where nothing moves, never None.
+
+        `radii` has each parameter's rho, which may be 0; `base.momentum_of(i)` is the i-th one's momentum, or None. It
+        is called once in each step that perturbs, so that a memory may be renewed here.
+        """
         return sam_displacements(weights, g, radii)
 
     def descends(self, g, g_e):
+        """What the base gets in a step that perturbs."""
         return g_e
 
     def between(self, g, radii):
+        """What it gets in the others: those between the steps of `every`, and all if every radius is 0."""
         return g
 
 
