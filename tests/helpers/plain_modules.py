@@ -9,6 +9,9 @@ from torch import nn
 from torch.nn.functional import mse_loss
 from torch.utils.data import DataLoader, TensorDataset
 
+from sam_lightning import SAM
+from sam_lightning.training import SharpnessAwareModule, SharpnessAwareTraining
+
 RHO = 0.05
 
 
@@ -92,3 +95,31 @@ def distance(a: nn.Module, b: nn.Module) -> float:
     """The largest difference of parameters and buffers of two modules."""
     pairs = zip(a.state_dict().values(), b.state_dict().values(), strict=True)
     return max((x.double() - y.double()).abs().max().item() for x, y in pairs)
+
+
+def sharp(trainer, module, data=None, epochs=1, method=SAM, val=None, callbacks=(), **options):
+    """Trains `module` by the callback; what begins with a capital goes to it, the rest to the Trainer."""
+    own = {key: options.pop(key) for key in ("second_pass", "micro_batches", "batch_norm_stats") if key in options}
+    made = trainer(max_epochs=epochs, callbacks=[SharpnessAwareTraining(method, rho=RHO, **own), *callbacks], **options)
+    torch.manual_seed(5)
+    made.fit(module, data or batches(), val)
+    return made
+
+
+class SharpByBase(SharpnessAwareModule, Plain):
+    rho = RHO
+
+
+class SharpByMixin(Plain, SharpnessAwareModule):
+    rho = RHO
+
+
+class Once:
+    def __init__(self, *batches):
+        self.batches = batches
+
+    def __iter__(self):
+        return iter(self.batches)
+
+    def __len__(self):
+        return len(self.batches)

@@ -1,13 +1,9 @@
-"""Modules as people write them take sharp steps unedited: the same function twice, and no trace of the second pass."""
+"""Modules as people write them take sharp steps unedited, by either door; what cannot is refused."""
 
-import copy
 import pickle
-import random
 import warnings
-from collections import Counter, OrderedDict, defaultdict
 from functools import partial
 
-import numpy as np
 import pytest
 import torch
 from lightning.pytorch import LightningModule
@@ -16,30 +12,11 @@ from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
 from torch.nn.functional import mse_loss
 from torch.utils.data import DataLoader, TensorDataset
-from torchmetrics import MeanMetric
-from torchmetrics.classification import BinaryAccuracy
 
-from plain_modules import RHO, Plain, batches, distance, rows, sharp_loop
+from plain_modules import RHO, Once, Plain, SharpByBase, SharpByMixin, batches, distance, sharp, sharp_loop
 from sam_lightning import ASAM, SAM
-from sam_lightning.optim import late, mutable_values
+from sam_lightning.optim import late
 from sam_lightning.training import SharpnessAwareModule, SharpnessAwareTraining
-
-
-def sharp(trainer, module, data=None, epochs=1, method=SAM, val=None, callbacks=(), **options):
-    """Trains `module` by the callback; what begins with a capital goes to it, the rest to the Trainer."""
-    own = {key: options.pop(key) for key in ("second_pass", "micro_batches", "batch_norm_stats") if key in options}
-    made = trainer(max_epochs=epochs, callbacks=[SharpnessAwareTraining(method, rho=RHO, **own), *callbacks], **options)
-    torch.manual_seed(5)
-    made.fit(module, data or batches(), val)
-    return made
-
-
-class SharpByBase(SharpnessAwareModule, Plain):
-    rho = RHO
-
-
-class SharpByMixin(Plain, SharpnessAwareModule):
-    rho = RHO
 
 
 @pytest.mark.parametrize("clip", [None, 0.05])
@@ -152,258 +129,6 @@ def test_options_of_the_method_reach_it(trainer):
     assert made.optimizers[0].eta == 0.5
     with pytest.raises(ValueError, match=r"method must be a .* class, or one of .*ASAM.*'SAMM'"):
         SharpnessAwareTraining("SAMM")
-
-
-# The second pass is the same function.
-
-
-def test_noise_is_the_same_in_both_passes(trainer):
-    """With other noise in the second pass, L(w + e) - L(w) is negative in a third of the steps."""
-    rises = []
-
-    class Noisy(Plain):
-        def training_step(self, batch, batch_idx):
-            noise = torch.randn(()) + np.random.randn() + random.gauss(0, 1)
-            loss = super().training_step((batch[0] + noise, batch[1]), batch_idx)
-            seen.append((loss.item(), noise.item()))
-            return loss
-
-        def on_train_batch_end(self, outputs, batch, batch_idx):
-            rises.append(seen[-1][0] - seen[-2][0])
-            draws.append([noise for _, noise in seen[-2:]])
-
-    seen, draws = [], []
-    sharp(trainer, Noisy(dropout=0.5), epochs=5)
-    assert min(rises) > 0
-    assert all(first == second for first, second in draws)
-    assert len({first for first, _ in draws}) == 20  # and moves on
-    rises.clear()
-    sharp(trainer, Noisy(dropout=0.5), epochs=5, second_pass="fresh")
-    assert min(rises) < 0
-
-
-def test_random_numbers_go_on_as_in_plain_training(trainer):
-    ends = []
-    for callbacks in ([], [SharpnessAwareTraining(SAM)]):
-        torch.manual_seed(5)
-        trainer(callbacks=callbacks).fit(Plain(dropout=0.5), batches())
-        ends.append(torch.get_rng_state())
-    assert torch.equal(*ends)
-
-
-def test_a_generator_of_the_modules_own_is_put_back(trainer):
-    class Own(Plain):
-        def __init__(self):
-            super().__init__()
-            self.noise = torch.Generator().manual_seed(3)
-            self.seen = []
-
-        def training_step(self, batch, batch_idx):
-            seen.append(torch.rand((), generator=self.noise).item())
-            return super().training_step(batch, batch_idx)
-
-    seen = []
-    sharp(trainer, Own())
-    assert seen[::2] == seen[1::2]
-    assert len(set(seen)) == 4
-
-
-class Pop(Plain):
-    def training_step(self, batch, batch_idx):
-        return mse_loss(self.net(batch["x"]), batch.pop("y"))
-
-
-class Replace(Plain):
-    def training_step(self, batch, batch_idx):
-        batch["x"] = batch["x"] + 1
-        return mse_loss(self.net(batch["x"]), batch["y"])
-
-
-class Overwrite(Plain):
-    """Predictions under the targets' name."""
-
-    def training_step(self, batch, batch_idx):
-        y = batch["y"]
-        batch["y"] = self.net(batch["x"])
-        return mse_loss(batch["y"], y)
-
-
-class InPlace(Plain):
-    def training_step(self, batch, batch_idx):
-        batch["x"].add_(1)
-        return mse_loss(self.net(batch["x"]), batch["y"])
-
-
-class InPlaceUnseen(Plain):
-    """What version counters do not show."""
-
-    def training_step(self, batch, batch_idx):
-        batch["x"].data.add_(1)
-        return mse_loss(self.net(batch["x"]), batch["y"])
-
-
-@pytest.mark.parametrize(("kind", "shift"), [(Pop, 0), (Replace, 1), (Overwrite, 0), (InPlace, 1), (InPlaceUnseen, 1)])
-def test_the_second_pass_gets_the_batch_as_it_came(trainer, kind, shift):
-    module, expected = kind(), Plain()
-    sharp(trainer, module, rows())
-    sharp_loop(expected, rows(), loss=lambda net, batch: mse_loss(net(batch["x"] + shift), batch["y"]))
-    assert distance(module, expected) < 1e-14
-
-
-def test_hooks_see_the_batch_that_the_first_pass_left(trainer):
-    class Seeing(Pop):
-        def on_train_batch_end(self, outputs, batch, batch_idx):
-            assert "y" not in batch
-
-    sharp(trainer, Seeing(), rows())
-
-
-# And it leaves no trace.
-
-
-class Collecting(Plain):
-    """Whatever a step may collect and count: buffers, a queue, metrics, lists, numbers, an object of one's own."""
-
-    def __init__(self):
-        super().__init__()
-        self.register_buffer("queue", torch.zeros(100))
-        self.register_buffer("count", torch.tensor(0))
-        self.register_buffer("center", torch.zeros(1))
-        self.register_buffer("large", torch.zeros(2**18 + 5))
-        self.accuracy, self.mean = BinaryAccuracy(), MeanMetric()
-        self.outputs, self.seen, self.by_name = [], 0, {"a": []}
-        self.ordered, self.counted, self.grouped = OrderedDict(a=1, b=2), Counter(), defaultdict(list)
-        self.tree = {}
-        self.tree["me"] = self.tree
-        self.register_buffer("adjacency", torch.eye(6).to_sparse())
-        self.register_buffer("mask", torch.ones(1, 6).expand(8, 6))
-        self.history = History()
-        self.plain = torch.zeros(1)
-
-    def training_step(self, batch, batch_idx):
-        loss = super().training_step(batch, batch_idx)
-        with torch.no_grad():
-            self.queue[self.count] = loss
-            self.count += 1
-            self.center.data += 1
-            self.large.data[0] += 1
-            self.plain = self.plain + 1
-        self.accuracy(self.net(batch[0])[:, 0].sigmoid(), (batch[1][:, 0] > 0).long())
-        self.mean.update(loss.detach())
-        self.outputs.append(loss.item())
-        self.by_name["a"].append(1)
-        self.ordered.popitem(last=False)
-        self.ordered[self.seen] = 3
-        self.counted["steps"] += 1
-        self.grouped["steps"].append(1)
-        self.history.add(loss.item())
-        self.seen += 1
-        return {"loss": loss, "batch_idx": batch_idx}
-
-
-class History:
-    def __init__(self):
-        self.values = []
-
-    def add(self, value):
-        self.values = [*self.values, value]
-
-
-@pytest.mark.parametrize("second_pass", ["replay", "fresh"])
-def test_a_step_collects_once_per_batch(trainer, second_pass):
-    module = Collecting()
-    outputs = []
-
-    class Outputs(SharpnessAwareTraining):
-        def on_train_batch_end(self, trainer, pl_module, output, batch, batch_idx):
-            super().on_train_batch_end(trainer, pl_module, output, batch, batch_idx)
-            outputs.append(output)
-
-    trainer(callbacks=[Outputs(SAM, second_pass=second_pass)]).fit(module, batches())
-    assert module.count == module.seen == len(module.outputs) == len(module.history.values) == 4
-    assert module.queue[:4].tolist() == pytest.approx(module.outputs, abs=1e-6)
-    assert module.queue[4] == 0
-    assert module.center == module.large[0] == module.plain == 4
-    assert module.by_name == {"a": [1] * 4}
-    assert module.ordered == OrderedDict({2: 3, 3: 3})
-    assert module.counted == {"steps": 4}
-    assert module.grouped == {"steps": [1] * 4}
-    assert module.mean.compute().item() == pytest.approx(sum(module.outputs) / 4, abs=1e-6)
-    assert module.accuracy.confmat.sum() if hasattr(module.accuracy, "confmat") else True
-    assert module.accuracy._update_count == 4
-    assert [output["batch_idx"] for output in outputs] == [0, 1, 2, 3]
-    assert [output["loss"].item() for output in outputs] == module.outputs
-
-
-class Teacher(Plain):
-    """A teacher that follows the student within the step, as in BYOL, and takes part in the loss."""
-
-    def __init__(self, hides_it=False):
-        super().__init__()
-        self.teacher = nn.Linear(4, 1).double().requires_grad_(False)
-        self.hides_it = hides_it
-
-    def training_step(self, batch, batch_idx):
-        follow(self.teacher, self.net, self.hides_it)
-        return mse_loss(self.net(batch[0]), batch[1] + self.teacher(batch[0]))
-
-
-@torch.no_grad()
-def follow(teacher, student, hides_it):
-    for parameter in teacher.parameters():
-        target = parameter.data if hides_it else parameter
-        target.mul_(0.9).add_(0.1 * student[0].weight.mean())
-
-
-@pytest.mark.parametrize("hides_it", [False, True], ids=["counted", "by .data"])
-def test_a_teacher_follows_once_and_is_named(trainer, hides_it):
-    module, expected = Teacher(hides_it), Teacher(hides_it)
-    with pytest.warns(
-        UserWarning, match=r"teacher.weight, teacher.bias: not trained, .* Move the change to on_train_batch_end"
-    ):
-        sharp(trainer, module)
-    weights = list(expected.net.parameters())
-    optimizer = torch.optim.SGD(weights, lr=0.1, momentum=0.9)
-    for x, y in batches():
-        start = copy.deepcopy(expected.teacher.state_dict())
-        follow(expected.teacher, expected.net, hides_it)
-
-        def loss(x=x, y=y):
-            return mse_loss(expected.net(x), y + expected.teacher(x))
-
-        first = torch.autograd.grad(loss(), weights)
-        norm = torch.sqrt(sum(g.square().sum() for g in first))
-        before, end = [w.detach().clone() for w in weights], copy.deepcopy(expected.teacher.state_dict())
-        expected.teacher.load_state_dict(start)
-        with torch.no_grad():
-            for w, g in zip(weights, first, strict=True):
-                w += RHO * g / norm
-        follow(expected.teacher, expected.net, hides_it)
-        second = torch.autograd.grad(loss(), weights)
-        for w, b, g in zip(weights, before, second, strict=True):
-            w.data.copy_(b)
-            w.grad = g
-        expected.teacher.load_state_dict(end)
-        optimizer.step()
-    assert distance(module, expected) < 1e-14
-
-
-def test_what_changes_late_and_unexpectedly_is_named_once(trainer):
-    class Late(Plain):
-        def __init__(self):
-            super().__init__()
-            self.teacher = nn.Parameter(torch.zeros(2**17 + 1, dtype=torch.float64), requires_grad=False)
-
-        def training_step(self, batch, batch_idx):
-            if self.global_step >= 2:
-                with torch.no_grad():
-                    self.teacher += 1
-            return super().training_step(batch, batch_idx)
-
-    module = Late()
-    with pytest.warns(UserWarning, match="teacher: changed in training_step for the first time"):
-        sharp(trainer, module, epochs=2)
-    assert module.teacher[0] == 6
 
 
 def test_logs_are_those_of_the_first_pass(trainer, tmp_path):
@@ -593,18 +318,6 @@ def test_parts_may_have_weights_of_their_own_in_the_loss(trainer):
     assert distance(whole, wrong) > 1e-3
 
 
-def test_layers_that_are_made_by_the_first_batch_count_once(trainer):
-    class Lazy(Plain):
-        def __init__(self):
-            super().__init__()
-            self.net = nn.Sequential(nn.LazyLinear(6), nn.LazyBatchNorm1d(), nn.Tanh(), nn.LazyLinear(1)).double()
-
-    for plugins in ([], [MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))]):
-        module = Lazy()
-        sharp(trainer, module, plugins=plugins)
-        assert module.net[1].num_batches_tracked == 4
-
-
 def test_a_sharp_module_is_exported_as_any_other():
     class Own(SharpByMixin):
         def forward(self, x):
@@ -616,59 +329,6 @@ def test_a_sharp_module_is_exported_as_any_other():
         assert torch.equal(module.to_torchscript()(x), module(x))
 
 
-class Graph:
-    """A batch as graph libraries have them: an object with tensors and containers for attributes."""
-
-    def __init__(self, x, y):
-        self.x, self.y, self.meta = x, y, {"seen": 0}
-
-
-def test_a_batch_that_is_an_object_comes_as_it_was(trainer):
-    seen = []
-
-    class Mine(Plain):
-        def training_step(self, batch, batch_idx):
-            batch.x.add_(1)
-            batch.meta["seen"] += 1
-            seen.append((batch.x.mean().item(), batch.meta["seen"]))
-            return mse_loss(self.net(batch.x), batch.y)
-
-    class Graphs:
-        def __iter__(self):
-            return (Graph(x.clone(), y) for x, y in batches())
-
-        def __len__(self):
-            return 4
-
-    sharp(trainer, Mine(), Graphs())
-    assert seen[::2] == seen[1::2]
-    assert {count for _, count in seen} == {1}
-
-
-def test_packed_sequences_are_batches_too(trainer):
-    class Recurrent(Plain):
-        def __init__(self):
-            super().__init__()
-            self.net = nn.GRU(4, 3).double()
-
-        def training_step(self, batch, batch_idx):
-            return self.net(batch[0])[1].square().mean() + batch[1].mean()
-
-    packed = nn.utils.rnn.pack_sequence([torch.randn(n, 4, dtype=torch.float64) for n in (5, 3)])
-    assert sharp(trainer, Recurrent(), Once((packed, torch.zeros(2)))).global_step == 1
-
-
-class Once:
-    def __init__(self, *batches):
-        self.batches = batches
-
-    def __iter__(self):
-        return iter(self.batches)
-
-    def __len__(self):
-        return len(self.batches)
-
-
 @pytest.mark.filterwarnings("ignore:train_dataloader yielded None")
 def test_a_batch_of_nothing_has_no_loss(trainer):
     first, second, *_ = batches()
@@ -678,24 +338,6 @@ def test_a_batch_of_nothing_has_no_loss(trainer):
     losses = [Plain().training_step(first, 0).item(), twin.training_step(second, 0).item()]
     assert made.callback_metrics["train/loss_epoch"].item() == pytest.approx(sum(losses) / 2)
     assert distance(frozen, twin) > 0
-
-
-def test_a_parameter_that_the_step_thaws_is_trained_like_the_others(trainer):
-    class Thawing(Plain):
-        def __init__(self):
-            super().__init__()
-            self.net[0].requires_grad_(False)
-
-        def training_step(self, batch, batch_idx):
-            if self.global_step == 2:
-                self.net[0].requires_grad_(True)
-            moved.append(self.net[0].weight.detach().clone())
-            return super().training_step(batch, batch_idx)
-
-    moved = []
-    sharp(trainer, Thawing())
-    assert torch.equal(moved[2], moved[3])  # frozen
-    assert not torch.equal(moved[4], moved[5])  # climbs in the very step that thaws it
 
 
 def test_hyperparameters_of_a_librarys_module_are_its_own():
@@ -733,63 +375,6 @@ def test_one_callback_serves_many_trainings(trainer):
         assert not {"log", "is_second_pass"} & vars(module).keys()
 
 
-def test_a_frozen_backbone_is_not_written_to(trainer):
-    """Of small layers, whose copies would cost a thousand times the step."""
-
-    class Frozen(Plain):
-        def __init__(self):
-            super().__init__()
-            self.backbone = nn.Linear(4, 4).double().requires_grad_(False)
-
-        def training_step(self, batch, batch_idx):
-            return super().training_step((self.backbone(batch[0]), batch[1]), batch_idx)
-
-    module = Frozen()
-    sharp(trainer, module, epochs=3)
-    assert module.backbone.weight._version <= 2  # what making it in float64 has written
-
-
-def test_a_module_that_holds_its_data_is_not_copied(trainer, monkeypatch):
-    looked_into = []
-    original = mutable_values.restorer
-
-    def counted(value, budget):
-        looked_into.append(value)
-        return original(value, budget)
-
-    class Holding(Plain):
-        def __init__(self):
-            super().__init__()
-            self.rows = [[i] * 100 for i in range(9000)]
-
-        def training_step(self, batch, batch_idx):
-            self.rows.append([0])
-            return super().training_step(batch, batch_idx)
-
-    monkeypatch.setattr(mutable_values, "restorer", counted)
-    module = Holding()
-    sharp(trainer, module)
-    assert len(module.rows) == 9004
-    assert len(looked_into) < 4 * 2 * 10_000 + 1000
-
-
-def test_tensors_in_lists_and_tuples_are_put_back_too(trainer):
-    class Hidden(Plain):
-        def __init__(self):
-            super().__init__()
-            self.states, self.pair = [torch.zeros(1)], (torch.zeros(1), [])
-
-        def training_step(self, batch, batch_idx):
-            self.states[0].add_(1)
-            self.pair[0].add_(1)
-            self.pair[1].append(1)
-            return super().training_step(batch, batch_idx)
-
-    module = Hidden()
-    sharp(trainer, module, epochs=2)
-    assert module.states[0] == module.pair[0] == len(module.pair[1]) == 8
-
-
 def test_sums_and_extremes_of_micro_batches_are_not_averaged(trainer):
     class Logging(Plain):
         def training_step(self, batch, batch_idx):
@@ -817,33 +402,6 @@ def test_another_method_than_the_modules_is_refused(trainer):
         trainer(callbacks=[SharpnessAwareTraining("ASAM")]).fit(Made(), batches())
 
 
-def test_a_checkpoint_saved_within_the_step_is_the_first_passs(trainer, tmp_path):
-    class Saving(Plain):
-        def training_step(self, batch, batch_idx):
-            if self.global_step == 2 and not weights:
-                weights.extend(p.detach().clone() for p in self.parameters())
-            if self.global_step == 2:
-                self.trainer.save_checkpoint(tmp_path / "within.ckpt")
-            return super().training_step(batch, batch_idx)
-
-    weights = []
-    made = sharp(trainer, Saving())
-    assert made.global_step == 4
-    saved = torch.load(tmp_path / "within.ckpt", weights_only=True)["state_dict"]
-    assert all(torch.equal(a, b) for a, b in zip(weights, saved.values(), strict=True))
-    assert "save_checkpoint" not in vars(made)
-
-
-def test_weights_asked_for_in_the_second_pass_are_refused(trainer):
-    class Asking(Plain):
-        def training_step(self, batch, batch_idx):
-            self.state_dict()
-            return super().training_step(batch, batch_idx)
-
-    with pytest.raises(RuntimeError, match="the weights are perturbed in the second pass"):
-        sharp(trainer, Asking())
-
-
 def test_a_failed_epochs_losses_are_not_the_next_trainings(trainer):
     class Failing(Plain):
         def training_step(self, batch, batch_idx):
@@ -862,103 +420,29 @@ def test_a_failed_epochs_losses_are_not_the_next_trainings(trainer):
     assert found[0] == found[1]
 
 
-class Meter:
-    def __init__(self):
-        self.seen, self.inner = [], None
-
-    def update(self):
-        self.seen.append(1)
-
-
-class Average:
-    """An exponential average as a library keeps it: a list of tensors and a count."""
-
-    def __init__(self, parameters):
-        self.shadow, self.updates = [torch.zeros_like(p) for p in parameters], 0
-
-    @torch.no_grad()
-    def update(self):
-        self.updates += 1
-        for tensor in self.shadow:
-            tensor += 0.1 * (1 - tensor)
-
-
-@pytest.mark.parametrize("width", [4, 400], ids=["small", "large"])
-def test_objects_in_objects_and_containers_count_once(trainer, width):
-    class Holding(Plain):
-        def __init__(self):
-            super().__init__()
-            self.outer = Meter()
-            self.outer.inner = Meter()
-            self.meters, self.by_name = [Meter()], {"loss": Meter()}
-            self.average = Average([torch.zeros(width, width)])
-
-        def training_step(self, batch, batch_idx):
-            for meter in (self.outer, self.outer.inner, *self.meters, *self.by_name.values()):
-                meter.update()
-            self.average.update()
-            if not hasattr(self, "made_by_the_step"):
-                self.made_by_the_step = 0
-            self.made_by_the_step += 1
-            return super().training_step(batch, batch_idx)
-
-    module = Holding()
-    sharp(trainer, module, epochs=2)
-    meters = (module.outer, module.outer.inner, *module.meters, *module.by_name.values())
-    assert {len(meter.seen) for meter in meters} == {module.average.updates} == {module.made_by_the_step} == {8}
-    assert module.average.shadow[0][0, 0].item() == pytest.approx(1 - 0.9**8, rel=1e-5)
-
-
-def test_a_hidden_teacher_beside_a_larger_frozen_network_is_found(trainer):
-    class Beside(Teacher):
-        def __init__(self):
-            super().__init__(hides_it=True)
-            self.frozen = nn.Linear(1200, 1200).requires_grad_(False)
-
-        def training_step(self, batch, batch_idx):
-            for parameter in self.teacher.parameters():
-                parameter.data.add_(1)
-            return Plain.training_step(self, batch, batch_idx)
-
-    module = Beside()
-    before = [p.clone() for p in module.teacher.parameters()]
-    with pytest.warns(UserWarning, match=r"teacher.weight, teacher.bias: changed in training_step"):
-        sharp(trainer, module)
-    for parameter, start in zip(module.teacher.parameters(), before, strict=True):
-        torch.testing.assert_close(parameter, start + 4)
-
-
-def test_gradients_of_what_the_optimizer_does_not_have_are_the_first_passs(trainer):
-    class Tempered(Plain):
-        def __init__(self):
-            super().__init__()
-            self.temperature = nn.Parameter(torch.ones((), dtype=torch.float64))
-
-        def training_step(self, batch, batch_idx):
-            return mse_loss(self.temperature * self.net(batch[0]), batch[1])
-
-        def configure_optimizers(self):
-            return torch.optim.SGD(self.net.parameters(), lr=0.0)
-
-    gradients = []
-    for callbacks in ([], [SharpnessAwareTraining(SAM, rho=RHO)]):
-        module = Tempered()
-        trainer(callbacks=callbacks).fit(module, batches())
-        gradients.append(module.temperature.grad.item())
-    assert gradients[0] == gradients[1]
-
-
-def test_a_large_buffer_that_only_the_second_pass_changes_is_put_back(trainer):
-    class Odd(SharpByMixin):
-        def __init__(self):
-            super().__init__()
-            self.register_buffer("large", torch.zeros(2**18 + 1))
-
-        def training_step(self, batch, batch_idx):
-            if self.is_second_pass and self.global_step > 0:
-                self.large += 1
-            return super().training_step(batch, batch_idx)
-
-    module = Odd()
-    trainer().fit(module, batches())
-    assert module.large.sum() == 0
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_what_is_logged_is_free_of_scales(trainer, accumulate):
+    """Of the loss scaler's, and of the number of accumulated batches."""
+    found = []
+    for plugins in ([], [MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=256.0))]):
+        for plugin in plugins:
+            plugin.forward_context = lambda: torch.autocast("cpu", enabled=False)
+        made = sharp(
+            trainer,
+            Plain(),
+            plugins=plugins,
+            accumulate_grad_batches=accumulate,
+            log_every_n_steps=1,
+            limit_train_batches=accumulate,
+        )
+        found.append(
+            [made.callback_metrics[f"train/{name}"].item() for name in ("loss", "loss_perturbed", "grad_norm")]
+        )
+    network = Plain()
+    x, y = list(batches())[accumulate - 1]
+    loss = mse_loss(network.net(x), y)
+    gradient = torch.autograd.grad(loss, list(network.parameters()))
+    norm = torch.sqrt(sum(g.square().sum() for g in gradient)).item()
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
+    assert (found[0][0], found[0][2]) == pytest.approx((loss.item(), norm), rel=1e-5)
+    assert found[0][1] > found[0][0]
