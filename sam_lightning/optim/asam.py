@@ -8,8 +8,8 @@ from torch import Tensor
 
 from sam_lightning.optim.base import SharpnessAware
 from sam_lightning.optim.groups import BaseOptimizer, Params, check_radius
-from sam_lightning.optim.norms import divide_by_norm, global_norm
-from sam_lightning.optim.vectors import parts_of
+from sam_lightning.optim.norms import divide_by_norm, global_norm, reciprocal
+from sam_lightning.optim.vectors import Scaled, parts_of
 
 
 class ASAM(SharpnessAware):
@@ -68,12 +68,22 @@ class ASAM(SharpnessAware):
 
     def displacement(self, weights: list[Tensor], grads: list[Tensor]) -> Sequence[Tensor]:
         """T^2 g / ||T g||."""
-        Tg: list[Tensor] = []
+        last = any(weight.dtype is torch.float16 for weight in weights)  # T^2 g may be beyond half precision
+        e: list[Tensor] = []
+        norms: list[Tensor] = []
+        for part in parts_of(weights):  # T and T g of one part are small and stay in the cache
+            T = self.units(weights[part])
+            Tg = list(torch._foreach_mul(T, grads[part]))
+            norms.append(global_norm(Tg).to(weights[0].device))
+            if not last:
+                torch._foreach_mul_(Tg, T)
+            e += Tg
+        norm = torch.linalg.vector_norm(torch.stack(norms))
+        if not last:
+            return Scaled(e, reciprocal(norm))
+        e = divide_by_norm(e, norm, in_place=True)
         for part in parts_of(weights):
-            Tg += torch._foreach_mul(self.units(weights[part]), grads[part])
-        e = divide_by_norm(Tg, global_norm(Tg), in_place=True)  # fresh memory costs more than the arithmetic
-        for part in parts_of(weights):
-            torch._foreach_mul_(e[part], self.units(weights[part]))  # last: T^2 g may be beyond half precision
+            torch._foreach_mul_(e[part], self.units(weights[part]))
         return e
 
     def units(self, weights: list[Tensor]) -> list[Tensor]:

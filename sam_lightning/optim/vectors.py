@@ -1,6 +1,7 @@
 """Algebra over lists of tensors, which together are one vector, without waiting for an accelerator."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import overload
 
 import torch
@@ -99,14 +100,15 @@ def _alike(tensors: list[Tensor]) -> bool:
 
 
 def parts_of(tensors: list[Tensor]) -> list[slice]:
-    """Slices of a list with few entries each, so that what is made of one part is small and stays in the cache."""
+    """Slices of a list with few entries each, on one device and of one type; one slice if any tensor is sharded."""
+    if any(are_sharded(tensors)):
+        return [slice(0, len(tensors))]
     cuts, entries = [0], 0
-    for i, tensor in enumerate(tensors):
-        entries += tensor.numel()
-        if entries > _PART:
-            cuts, entries = [*cuts, i + 1], 0
-    ends = [*cuts[1:], len(tensors)]
-    return [slice(a, b) for a, b in zip(cuts, ends, strict=True) if a < b]
+    for i, (before, tensor) in enumerate(pairwise(tensors), 1):
+        entries += before.numel()
+        if entries > _PART or tensor.dtype is not before.dtype or tensor.device != before.device:
+            cuts, entries = [*cuts, i], 0
+    return [slice(a, b) for a, b in zip(cuts, [*cuts[1:], len(tensors)], strict=True)]
 
 
 @torch.no_grad()
