@@ -25,7 +25,9 @@ class WSAM(SharpnessAware):
         params: Parameters, `(name, parameter)` pairs, or group dictionaries.
         base: The optimizer that descends, a class or a callable that makes one from parameters.
         rho: Radius in weight space, L2, at least 0.
-        gamma: Share of the sharpness, in [0, 1).
+        gamma: Share of the sharpness, in [0, 1). The default is ours: a small CNN on digits with 40 % label noise
+            was better with it than with 0.5 at rho 0.05 and 0.1 (five seeds, validation accuracy), and did not
+            train with 0.75 at rho 0.1.
         every: Perturb in every k-th step only.
         base_options: Options of `base`.
 
