@@ -11,6 +11,8 @@ import pandas as pd
 from cost_tables import cost_section
 from matplotlib import rc_context
 from matplotlib.figure import Figure
+from method_figure import accuracy_and_cost
+from method_tables import methods_section
 from PIL import Image
 from study_tables import HERE, PAPER, STUDIES, quickstart_section, results_section, sharpness_section
 
@@ -25,7 +27,7 @@ FIGURES = HERE / "figures"
 # By page: what stands between `<!-- name: by notebooks/regenerate.py -->` and `<!-- end of name -->`.
 SECTIONS: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"quickstart": quickstart_section},
-    "notebooks/README.md": {"results": results_section, "sharpness": sharpness_section},
+    "notebooks/README.md": {"results": results_section, "methods": methods_section, "sharpness": sharpness_section},
     "tests/benchmarks/README.md": {"cost": cost_section},
 }
 
@@ -61,6 +63,7 @@ def figures() -> dict[str, tuple[str, Callable[[Path], Figure]]]:
         "quickstart": ("quickstart", quickstart),
         "landscape": ("landscape", landscape),
         **{f"study-{name.lower()}": (folder, curves(file)) for name, folder, file in PAPER if name != "corrected"},
+        "methods": ("methods", accuracy_and_cost),
         "sharpness": (
             "sharpness",
             lambda folder: sharpness_and_accuracy(load(str(STUDIES / "sharpness.yaml")), read(folder)),

@@ -125,9 +125,8 @@ def sharpness_and_accuracy(study: Study, results: Results) -> Figure:
         for i, arm in enumerate(study.arms):
             here = of_it[of_it.cell.isin(_labels(study, arm))]
             if len(here):
-                panel.scatter(
-                    here.value, 100 * here["last"], s=16, label=arm, color=_COLOURS[i % 6], marker=_MARKERS[i % 6]
-                )
+                marker = _MARKERS[(i + i // 6) % 6]  # 36 arms before colour and marker are another's
+                panel.scatter(here.value, 100 * here["last"], s=16, label=arm, color=_COLOURS[i % 6], marker=marker)
         rank = ranks[ranks.measure == measure].iloc[0]
         interval = "" if np.isnan(rank.low) else f"\n[{rank.low:+.2f}, {rank.high:+.2f}], n = {rank.n}"
         if not np.isnan(rank.correlation):
@@ -142,7 +141,7 @@ def sharpness_and_accuracy(study: Study, results: Results) -> Figure:
         panel.set_axis_off()
     for panel in panels[::columns]:
         panel.set_ylabel("Test accuracy (%)")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=len(study.arms))
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=min(len(study.arms), 6))
     return figure
 
 

@@ -55,7 +55,7 @@ def made(make, network):
 
 @pytest.mark.parametrize(
     ("network", "shape", "rounds"),
-    [(digits_cnn, (64, 1, 8, 8), 25), (partial(resnet18, 10), (64, 3, 32, 32), 5)],
+    [(digits_cnn, (64, 1, 8, 8), 25), (partial(resnet18, 10), (32, 3, 32, 32), 5)],
     ids=["digits", "resnet18"],
 )
 def test_i_methods(compare, benchmark, network, shape, rounds):
@@ -91,7 +91,7 @@ def test_i_methods(compare, benchmark, network, shape, rounds):
 
 def test_i_memory(benchmark):
     def copies():
-        return {name: peak(partial(made, make)) for name, make in METHODS.items() if make is not late}
+        return {name: peak(partial(made, make)) for name, make in METHODS.items() if make is not norm_layers}
 
     found = benchmark.pedantic(copies, rounds=1)
     more = {name: value - found["SGD"] for name, value in found.items()}

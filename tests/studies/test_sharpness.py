@@ -14,7 +14,7 @@ from sam_lightning.studies.runs import RESULT, runs_of
 from sam_lightning.studies.sharpness import correlations, summary
 from sam_lightning.studies.spec import StudyError, load
 from sam_lightning.studies.tables import tables
-from study_files import finished, written
+from study_files import ROOT, finished, written
 
 # By run: (seed, cell), accuracy, trace. Ranks of the accuracy 1 2 3 4, of the trace 4 2 3 1.
 RUNS = {(1, "SGD"): (0.90, 40.0), (1, "SAM"): (0.92, 20.0), (2, "SGD"): (0.94, 30.0), (2, "SAM"): (0.96, 10.0)}
@@ -115,3 +115,17 @@ def test_a_damaged_measurement_is_named(study, results, tmp_path, damage):
     with pytest.raises(StudyError, match=r"sharpness\.json cannot be read .*Remove it and measure the run again"):
         collect(study, tmp_path)
     assert (path.parent / RESULT).is_file()
+
+
+def test_every_arm_has_a_look_of_its_own(tmp_path):
+    arms = {f"arm {i}": {"optimizer": f"{ROOT}/configs/optimizers/sam.yaml"} for i in range(12)}
+    for i, arm in enumerate(arms.values()):
+        arm["set"] = {"model.optimizer.rho": i + 1.0}
+    study = load(str(written(tmp_path, arms=arms, seeds=[1])))
+    for run in runs_of(study):
+        finished(run, tmp_path)
+        measures = {"trace": {"value": 1.0, "standard_error": None}}
+        (tmp_path / run.name / "sharpness.json").write_text(json.dumps({"samples": 100, "measures": measures}))
+    panel = draw(study, collect(study, tmp_path))["sharpness"].axes[0]
+    looks = {(tuple(c.get_facecolor()[0]), c.get_paths()[0].vertices.tobytes()) for c in panel.collections}
+    assert len(looks) == 12
