@@ -109,10 +109,11 @@ def measured_steps() -> tuple[list[dict[str, float]], dict[str, float]]:
 def compared(study: Study, results: Results, baseline: str, equal_compute: bool) -> dict[str, list[str]]:
     """Arms that end ahead of the baseline, behind it, or neither, by the 95 % interval over pairs of one seed."""
     table = differences(replace(study, baseline=baseline), outcomes(results, equal_compute))
-    found: dict[str, list[str]] = {"ahead": [], "behind": [], "not told apart": [], "fewer than three seeds": []}
+    found: dict[str, list[str]] = {"ahead": [], "behind": [], "not told apart": [], "too few seeds": []}
     for row in table[table.epoch == "last"].to_dict("records"):
         side = "ahead" if row["low"] > 0 else "behind" if row["high"] < 0 else "not told apart"
-        side = "fewer than three seeds" if row["n"] < 3 else side  # two that agree have an interval without a width
+        if row["n"] < 3 or row["high"] - row["low"] < 1e-6:  # differences of whole images may agree by chance
+            side = "too few seeds"
         interval = f" [{row['low']:+.1f}, {row['high']:+.1f}]" if row["n"] > 1 else ""
         found[side].append(f"{row['cell']} ({row['mean']:+.1f}{interval})")
     return found
