@@ -13,7 +13,10 @@ MODULE_ATTRIBUTES = frozenset(vars(nn.Module())) | {"log"}
 _NO_COLLECTION = frozenset({int, float, bool, str, type(None), FunctionType, MethodType, ModuleType, Tensor})
 _MANY = 1000
 # Objects of these packages are settings or machinery, not what a training step counts and collects.
-_MACHINERY = {"builtins", "functools", "torch", "torchvision", "lightning", "pytorch_lightning", "numpy", "omegaconf"}
+_MACHINERY = {
+    *("builtins", "functools", "torch", "torchvision", "lightning", "pytorch_lightning", "numpy", "omegaconf"),
+    "sam_lightning",
+}
 
 
 class Attributes:
@@ -54,7 +57,8 @@ def _collects(value: Any) -> bool:
     """Whether this is a plain object of the user's, which may collect or count something."""
     if type(value) in _NO_COLLECTION or isinstance(value, nn.Module | Tensor | type):
         return False
-    return hasattr(value, "__dict__") and type(value).__module__.partition(".")[0] not in _MACHINERY
+    kinds = type(value).__mro__[:-1]  # a Trainer or a data set of the user's own is machinery, too
+    return hasattr(value, "__dict__") and not any(kind.__module__.partition(".")[0] in _MACHINERY for kind in kinds)
 
 
 def objects_in(value: Any, prefix: str, met: set[int]) -> Iterator[tuple[str, Any]]:

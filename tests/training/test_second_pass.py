@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch import Trainer
 from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
 from torch.nn.functional import mse_loss
@@ -596,3 +597,19 @@ def test_batches_of_every_structure_come_as_they_were(trainer, kind):
     sharp_loop(expected, batches(), loss=lambda net, batch: mse_loss(net(batch[0] + 1), batch[1]))
     assert distance(module, expected) < 1e-14
     assert set(counts) == {1}
+
+
+def test_what_trains_the_module_is_no_state_of_it(trainer):
+    """A Trainer of one's own class, which holds all that takes the step, would else be put back in the middle of it."""
+
+    class Own(Trainer):
+        pass
+
+    options = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "accelerator": "cpu"}
+    module, expected = Plain(), Plain()
+    made = Own(max_epochs=1, callbacks=[SharpnessAwareTraining(SAM, rho=RHO)], **options)
+    module.remembered = made
+    made.fit(module, batches())
+    sharp_loop(expected, batches())
+    assert distance(module, expected) < 1e-14
+    assert made.global_step == 4
