@@ -217,16 +217,18 @@ def test_memory_comes_with_the_first_perturbed_step_and_no_other_touches_it(case
         assert same(seen[t], seen[t - 1]) == (t % every != 0)
 
 
-@pytest.mark.parametrize("steps", [1, 4])
-def test_looksam_adds_nothing_while_every_radius_is_0_or_it_has_looked_at_nothing(steps):
+@pytest.mark.parametrize("has_looked", [False, True])
+def test_looksam_adds_nothing_while_every_radius_is_0_or_it_has_looked_at_nothing(has_looked):
     net, plain = Net(), Net()
-    optimizer = LookSAM(net.parameters(), SGD, rho=0.3, every=3, alpha=0.5)
+    optimizer = LookSAM(net.parameters(), SGD, rho=0.3, every=4, alpha=0.5)
     base = SGD(plain.parameters())
-    optimizer.load_state_dict(base.state_dict())
-    optimizer.param_groups[0]["sharpness_step"] = 1  # within an interval
-    if steps == 4:
+    if has_looked:
+        step(optimizer, net)
+        plain.load_state_dict(net.state_dict())
+        base.load_state_dict(optimizer.state_dict())
         optimizer.param_groups[0]["rho"] = 0.0
-    for _ in range(2 if steps == 1 else 4):
+    optimizer.param_groups[0]["sharpness_step"] = 1  # within an interval
+    for _ in range(3):
         step(optimizer, net)
         base.zero_grad()
         plain.loss().backward()
@@ -255,6 +257,7 @@ def test_norm_layers_that_are_missing_are_refused_and_ones_own_are_taken():
         def __init__(self):
             super().__init__()
             self.scale = nn.Parameter(torch.ones(3))
+            self.inside = nn.Linear(3, 3)  # no normalisation
 
     net = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3, affine=False), Own())
     with pytest.raises(ValueError, match="Sequential has no normalisation layer with parameters"):

@@ -49,6 +49,11 @@ def test_what_is_refused(make, message):
         make()
 
 
+def test_late_begins_in_the_step_that_its_share_names_though_the_product_is_a_little_more():
+    assert 0.07 * 100 > 7
+    assert [late(0.07)(Progress(step, 100)) for step in (6, 7)] == [0, 1]
+
+
 def test_late_takes_one_pass_before_and_two_after():
     net = Net()
     optimizer = SAM(net.parameters(), SGD, rho=0.3)
