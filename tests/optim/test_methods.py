@@ -1,5 +1,6 @@
 """What each method promises beside its formula: neutral settings, one more or one less pass, memory."""
 
+import copy
 import math
 import re
 from functools import partial
@@ -225,7 +226,7 @@ def test_looksam_adds_nothing_while_every_radius_is_0_or_it_has_looked_at_nothin
     if has_looked:
         step(optimizer, net)
         plain.load_state_dict(net.state_dict())
-        base.load_state_dict(optimizer.state_dict())
+        base.load_state_dict(copy.deepcopy(optimizer.state_dict()))
         optimizer.param_groups[0]["rho"] = 0.0
     optimizer.param_groups[0]["sharpness_step"] = 1  # within an interval
     for _ in range(3):
