@@ -121,7 +121,7 @@ class CLI(LightningCLI):
         return (
             isinstance(self.model, SharpnessAwareModule)
             and self.model.makes_optimizer_by_factory
-            and type(self.model).parameter_groups is SharpnessAwareModule.parameter_groups
+            and type(self.model).parameter_groups.__module__.startswith("sam_lightning.")
             and any(True for _ in self.model.parameters())
         )
 

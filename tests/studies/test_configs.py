@@ -54,6 +54,7 @@ def test_the_papers_studies_have_these_cells():
         assert cells == {key for key in CELLS if key[0] == name}
 
 
+@pytest.mark.filterwarnings("ignore:WeightHistograms writes to TensorBoard")  # a quick run has no logger
 @pytest.mark.parametrize(("study", "label"), CELLS)
 def test_the_papers_arms_train_with_its_values(study, label, fake_cifar10):
     expected = {"rho": None, **CELLS[study, label]}
