@@ -68,5 +68,6 @@ def moco(lightly, moves_teacher_in):
 @pytest.mark.parametrize("moves_teacher_in", ["training_step", "on_train_batch_start"])
 def test_queue_and_teacher(lightly, moves_teacher_in, tmp_path):
     task = moco(lightly, moves_teacher_in)
-    sharp = assert_sharp(task, views, tmp_path)
+    says = "as a teacher that follows" if moves_teacher_in == "training_step" else None
+    sharp = assert_sharp(task, views, tmp_path, says=says)
     assert sharp.module.criterion.memory_bank.bank_ptr.item() == 2 * 6 * 4 % 16
