@@ -51,7 +51,7 @@ def test_a_download_adds_only_what_is_missing(fake_files, fake_cifar10, monkeypa
 @pytest.mark.parametrize("fault", ["404", "truncated", "wrong", "refused", "escaping", "incomplete", "link"])
 @pytest.mark.parametrize("root_exists", [False, True])
 def test_a_failed_download_leaves_nothing(fake_files, tmp_path, monkeypatch, fault, root_exists):
-    root = tmp_path / "outer" / "root" if root_exists else tmp_path / "outer" / "new" / "root"
+    root = tmp_path / "outer" / "images" if root_exists else tmp_path / "outer" / "new" / "images"
     (tmp_path / "outer").mkdir()
     if root_exists:
         root.mkdir()
@@ -73,7 +73,7 @@ def test_a_failed_download_leaves_nothing(fake_files, tmp_path, monkeypatch, fau
     assert f"{', '.join(fake_files)} not found in {root / BASE} (--data.root)" in message
     assert "failed" in message
     assert "name another folder by --data.root or SAM_LIGHTNING_DATA" in message
-    assert everything_in(tmp_path) == (["outer", "outer/root", "outer/root/mine.txt"] if root_exists else ["outer"])
+    assert everything_in(tmp_path) == (["outer", "outer/images", "outer/images/mine.txt"] if root_exists else ["outer"])
 
 
 def test_an_interrupted_download_leaves_nothing(fake_files, tmp_path, monkeypatch):

@@ -53,6 +53,9 @@ class Validated(Regression):
     def validation_step(self, batch, batch_idx):
         self.validated = state_of(self)
 
+    test_step = validation_step
+    predict_step = validation_step
+
 
 class Unused(Regression):
     """Takes the network's second branch on one rank, in one pass, or never."""
@@ -122,7 +125,7 @@ class Ragged(DataLoader):
         super().__init__(data, batch_sampler=[*batches, [44, 45, 46] if rank == 0 else [47]])
 
 
-def fit(module, samples=160, validate=False, ddp=None, ragged=False, accelerator="cpu", **options):
+def fit(module, samples=160, validate=False, then=None, ddp=None, ragged=False, accelerator="cpu", **options):
     watch = Watch()
     trainer = Trainer(
         accelerator=accelerator,
@@ -139,9 +142,12 @@ def fit(module, samples=160, validate=False, ddp=None, ragged=False, accelerator
     sampler = DistributedSampler(data, num_replicas=2, rank=rank, shuffle=False)
     batches = Ragged(data, rank) if ragged else DataLoader(data, batch_size=4, sampler=sampler)
     trainer.fit(module, batches, *([loader(batch_size=4, samples=8)] if validate else []))
+    steps = trainer.global_step
+    if then is not None:  # another stage, of the trained module
+        getattr(trainer, then)(module, loader(batch_size=4, samples=8))
     return {
         "state": state_of(module),
-        "steps": trainer.global_step,
+        "steps": steps,
         "reductions": watch.reductions,
         "after": watch.after,
         "optimizer": trainer.optimizers[0].state_dict()["state"],
@@ -169,6 +175,9 @@ def on_the_cpu():
             results[f"{mode}-{name}"] = fit(module, ddp={"find_unused_parameters": True})
     with_norm = Validated(SAM_SGD)
     results["norm"] = {**fit(with_norm, validate=True), "validated": with_norm.validated}
+    for stage in ("test", "predict"):
+        module = Validated(SAM_SGD)
+        results[f"norm-{stage}"] = {**fit(module, then=stage), "validated": module.validated}
     network = make_network()
     network[1] = SyncNorm(12)
     network.load_state_dict(make_network().state_dict())

@@ -182,9 +182,10 @@ def test_m_is_the_number_of_samples_that_share_a_perturbation(ranks):
     }
 
 
-def test_ranks_validate_with_the_same_running_statistics(ranks):
-    assert_same(ranks[0]["norm"]["validated"], ranks[1]["norm"]["validated"])
-    assert ranks[0]["norm"]["validated"]["network.1.running_mean"].abs().sum() > 0
+@pytest.mark.parametrize("case", ["norm", "norm-test", "norm-predict"])
+def test_ranks_evaluate_with_the_same_running_statistics(ranks, case):
+    assert_same(ranks[0][case]["validated"], ranks[1][case]["validated"])
+    assert ranks[0][case]["validated"]["network.1.running_mean"].abs().sum() > 0
 
 
 def check_joined_statistics(ranks):
