@@ -190,12 +190,12 @@ class SharpnessAwareTraining(Callback):
     def _refuse_diverged(self, trainer: Trainer) -> None:
         refuse_diverged(trained_weights(trainer), trainer.current_epoch, trainer.global_step)
 
+    # Each process would evaluate with running statistics of its own.
+
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Has every process evaluate with the first one's buffers, which are those that are saved."""
+        """Has every process validate with the first one's buffers, which are those that are saved."""
         if shares_buffers(trainer):
             share_buffers(pl_module)
-
-    on_test_start = on_predict_start = on_validation_start
 
     # Checkpoints.
 

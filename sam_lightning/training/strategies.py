@@ -36,12 +36,8 @@ def data_parallel_size(trainer: Trainer) -> int:
 
 
 def shares_buffers(trainer: Trainer) -> bool:
-    """Whether all processes should use the first one's buffers, as DistributedDataParallel does by default.
-
-    Asked of the strategy's options: a module that is only tested is not wrapped.
-    """
-    options = getattr(trainer.strategy, "_ddp_kwargs", None)
-    broadcasts = is_sharded(trainer) if options is None else options.get("broadcast_buffers", True)
+    """Whether all processes should use the first one's buffers, as DistributedDataParallel does by default."""
+    broadcasts = getattr(trainer.strategy.model, "broadcast_buffers", is_sharded(trainer))
     return trainer.world_size > 1 and bool(broadcasts)
 
 
