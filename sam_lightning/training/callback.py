@@ -14,10 +14,9 @@ from sam_lightning.training.methods import Method, make_sharp, maker_of, refuse_
 from sam_lightning.training.micro_batches import common_length
 from sam_lightning.training.packages import of_both_packages
 from sam_lightning.training.resume import go_on_with_the_next_epoch
-from sam_lightning.training.sharding import share_buffers
 from sam_lightning.training.sharp_step import SharpStep
 from sam_lightning.training.step_metrics import StepMetrics
-from sam_lightning.training.strategies import data_parallel_size, refuse_options, refuse_strategy, shares_buffers
+from sam_lightning.training.strategies import data_parallel_size, refuse_options, refuse_strategy
 
 
 class SharpnessAwareTraining(Callback):
@@ -189,13 +188,6 @@ class SharpnessAwareTraining(Callback):
 
     def _refuse_diverged(self, trainer: Trainer) -> None:
         refuse_diverged(trained_weights(trainer), trainer.current_epoch, trainer.global_step)
-
-    # Each process would evaluate with running statistics of its own.
-
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Has every process validate with the first one's buffers, which are those that are saved."""
-        if shares_buffers(trainer):
-            share_buffers(pl_module)
 
     # Checkpoints.
 

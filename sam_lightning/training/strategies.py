@@ -35,12 +35,6 @@ def data_parallel_size(trainer: Trainer) -> int:
     return size
 
 
-def shares_buffers(trainer: Trainer) -> bool:
-    """Whether all processes should use the first one's buffers, as DistributedDataParallel does by default."""
-    broadcasts = getattr(trainer.strategy.model, "broadcast_buffers", is_sharded(trainer))
-    return trainer.world_size > 1 and bool(broadcasts)
-
-
 # When gradients are averaged.
 
 
