@@ -1,7 +1,6 @@
 """Sharpness-aware minimization for PyTorch and PyTorch Lightning.
 
-Importing this package imports torch and never Lightning; what needs Lightning lies in the rooms beside `optim` and
-`sharpness`, `sam_lightning.training` first of all.
+Importing this package imports torch and never Lightning, which `sam_lightning.training` and the rooms above it need.
 """
 
 from sam_lightning.optim import (

@@ -15,8 +15,8 @@ PACKAGE = Path(sam_lightning.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 # Lowest first: a room imports from itself and from lower ones.
-ROOMS = ["optim", "runs", "sharpness", "data", "training", "models", "callbacks", "cli", "studies"]
-TORCH_ONLY = {"__init__", "optim", "sharpness"}
+ROOMS = ["tensors", "replay", "optim", "runs", "sharpness", "data", "training", "models", "callbacks", "cli", "studies"]
+TORCH_ONLY = {"__init__", "tensors", "replay", "optim", "sharpness"}
 
 
 def part(path: Path) -> str:

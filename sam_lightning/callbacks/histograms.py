@@ -6,7 +6,7 @@ import warnings
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from sam_lightning.callbacks.tensorboard import tensorboards
-from sam_lightning.optim.shards import whole
+from sam_lightning.tensors.shards import whole
 
 
 class WeightHistograms(Callback):

@@ -8,8 +8,9 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from sam_lightning.optim import SharpnessAware, global_norm
+from sam_lightning.optim import SharpnessAware
 from sam_lightning.sharpness import Settings, Sharpness, measure
+from sam_lightning.tensors import global_norm
 from sam_lightning.training import SharpnessAwareTraining
 from sam_lightning.training.measured_loss import measured_loss
 from sam_lightning.training.sharp_step import SharpStep

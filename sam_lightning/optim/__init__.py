@@ -3,13 +3,12 @@
 from sam_lightning.optim.asam import ASAM
 from sam_lightning.optim.base import SharpnessAware
 from sam_lightning.optim.friendly_sam import FriendlySAM
-from sam_lightning.optim.groups import BaseOptimizer, Params
 from sam_lightning.optim.gsam import GSAM
 from sam_lightning.optim.look_sam import LookSAM
 from sam_lightning.optim.msam import MSAM
 from sam_lightning.optim.norm_layers import norm_layers_only
-from sam_lightning.optim.norms import global_norm
-from sam_lightning.optim.radius import Progress, RadiusSchedule, follow_lr, late, warm_up
+from sam_lightning.optim.parameter_groups import BaseOptimizer, Params
+from sam_lightning.optim.radius_schedules import Progress, RadiusSchedule, follow_lr, late, warm_up
 from sam_lightning.optim.sam import SAM
 from sam_lightning.optim.vasso import VaSSO
 from sam_lightning.optim.wsam import WSAM
@@ -29,7 +28,6 @@ __all__ = [
     "SharpnessAware",
     "VaSSO",
     "follow_lr",
-    "global_norm",
     "late",
     "norm_layers_only",
     "warm_up",

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from sam_lightning.optim.gradients import Marks
-from sam_lightning.optim.groups import BaseOptimizer, Params, check_radius
+from sam_lightning.optim.parameter_groups import BaseOptimizer, Params, check_radius
 from sam_lightning.optim.passes import Losses, run_passes
 from sam_lightning.optim.perturbation import Perturbation
 from sam_lightning.optim.transient import Transient

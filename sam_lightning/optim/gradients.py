@@ -5,7 +5,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from sam_lightning.optim.shards import local_parts
+from sam_lightning.tensors.shards import local_parts
 
 
 def gradients(weights: Iterable[Tensor]) -> list[Tensor]:

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from sam_lightning.optim.base import SharpnessAware
-from sam_lightning.optim.groups import BaseOptimizer, Params, check_radius
-from sam_lightning.optim.norms import global_norm, reciprocal
-from sam_lightning.optim.vectors import Scaled, add_, inner_product
+from sam_lightning.optim.parameter_groups import BaseOptimizer, Params, check_radius
+from sam_lightning.tensors.norms import global_norm, reciprocal
+from sam_lightning.tensors.vectors import Scaled, add_, inner_product
 
 
 class GSAM(SharpnessAware):

@@ -6,9 +6,9 @@ from typing import Any
 from torch import Tensor
 
 from sam_lightning.optim.base import SharpnessAware
-from sam_lightning.optim.groups import BaseOptimizer, Params
-from sam_lightning.optim.norms import global_norm, reciprocal
-from sam_lightning.optim.vectors import Scaled
+from sam_lightning.optim.parameter_groups import BaseOptimizer, Params
+from sam_lightning.tensors.norms import global_norm, reciprocal
+from sam_lightning.tensors.vectors import Scaled
 
 
 class MSAM(SharpnessAware):

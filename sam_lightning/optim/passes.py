@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor, nn
 
-from sam_lightning.optim.norms import global_norm
-from sam_lightning.optim.replay import Replay
+from sam_lightning.replay import Replay
+from sam_lightning.tensors.norms import global_norm
 
 if TYPE_CHECKING:
     from sam_lightning.optim.base import SharpnessAware

@@ -8,11 +8,11 @@ from torch import Tensor
 
 from sam_lightning.optim.blend import Blend
 from sam_lightning.optim.gradients import dense, gradients, refuse_sparse
-from sam_lightning.optim.groups import RadiusGroups
 from sam_lightning.optim.method import Method
-from sam_lightning.optim.shards import local_parts
+from sam_lightning.optim.parameter_groups import RadiusGroups
 from sam_lightning.optim.transient import copy
-from sam_lightning.optim.vectors import add_
+from sam_lightning.tensors.shards import local_parts
+from sam_lightning.tensors.vectors import add_
 
 
 class Perturbation(Method, RadiusGroups):

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from sam_lightning.optim.blend import Blend
-from sam_lightning.optim.replay import Replay
-from sam_lightning.optim.shards import local_parts
+from sam_lightning.replay import Replay
+from sam_lightning.tensors.shards import local_parts
 
 
 class Copies:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sam_lightning.optim.groups import check_radius
+from sam_lightning.optim.parameter_groups import check_radius
 from sam_lightning.sharpness.adaptive import Adaptive
 from sam_lightning.sharpness.objective import Estimate, Loss, objective_of
 from sam_lightning.sharpness.preserved_state import BatchNorm

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from sam_lightning.optim import global_norm
-from sam_lightning.optim.groups import check_radius
-from sam_lightning.optim.norms import divide_by_norm
+from sam_lightning.optim.parameter_groups import check_radius
 from sam_lightning.sharpness.adaptive import Adaptive
 from sam_lightning.sharpness.objective import Loss, Objective, mean_over_parts, objective_of
 from sam_lightning.sharpness.preserved_state import BatchNorm
+from sam_lightning.tensors import global_norm
+from sam_lightning.tensors.norms import divide_by_norm
 
 
 def worst_case_sharpness(

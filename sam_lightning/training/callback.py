@@ -6,8 +6,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
 from sam_lightning.optim import RadiusSchedule, SharpnessAware
-from sam_lightning.optim.radius import end_schedule, follow_schedule
-from sam_lightning.optim.replay import Replay
+from sam_lightning.optim.radius_schedules import end_schedule, follow_schedule
+from sam_lightning.replay import Replay
 from sam_lightning.training.divergence import refuse_diverged
 from sam_lightning.training.logs import StepLogs
 from sam_lightning.training.methods import Method, make_sharp, maker_of, refuse_own_steps, trained_weights

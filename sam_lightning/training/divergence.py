@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sam_lightning.optim.shards import local_parts
+from sam_lightning.tensors.shards import local_parts
 
 
 class DivergedError(ArithmeticError):

@@ -4,7 +4,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
-from sam_lightning.optim import global_norm
+from sam_lightning.tensors import global_norm
 
 
 class Gradients:

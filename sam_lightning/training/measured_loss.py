@@ -9,9 +9,9 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
 
-from sam_lightning.optim.batch_copies import rebuilt
-from sam_lightning.optim.module_state import ModuleState
-from sam_lightning.optim.random_states import random_states, set_random_states
+from sam_lightning.replay.batch_copies import rebuilt
+from sam_lightning.replay.module_state import ModuleState
+from sam_lightning.replay.random_states import random_states, set_random_states
 from sam_lightning.training.logs import StepLogs
 
 

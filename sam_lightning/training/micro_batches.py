@@ -6,7 +6,7 @@ import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
-from sam_lightning.optim.batch_copies import tensors_in
+from sam_lightning.replay.batch_copies import tensors_in
 
 MicroBatch: TypeAlias = tuple[Any, float]  # a part of the batch, and its share of the samples
 

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from sam_lightning.optim import SharpnessAware
-from sam_lightning.optim.batch_norm import RunningStats
-from sam_lightning.optim.replay import Replay
+from sam_lightning.replay import Replay
+from sam_lightning.replay.batch_norm import RunningStats
 from sam_lightning.training.gradients import Gradients
 from sam_lightning.training.logs import StepLogs
 from sam_lightning.training.micro_batches import split_batch

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from lightning.pytorch import Trainer
 
-from sam_lightning.optim.random_states import random_states, set_random_states
+from sam_lightning.replay.random_states import random_states, set_random_states
 from sam_lightning.sharpness.batches import samples_in, shard
 
 

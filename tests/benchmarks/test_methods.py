@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 import sam_lightning
 from sam_lightning import ASAM, GSAM, MSAM, SAM, WSAM, FriendlySAM, LookSAM, SharpnessAware, VaSSO, norm_layers_only
 from sam_lightning.models import digits_cnn, resnet18
-from sam_lightning.optim.radius import follow_schedule
+from sam_lightning.optim.radius_schedules import follow_schedule
 from step_memory import peak
 
 pytestmark = [pytest.mark.benchmarks, pytest.mark.timeout(3600)]

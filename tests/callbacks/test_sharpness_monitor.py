@@ -18,7 +18,7 @@ from regression import SAM_SGD, SGD, Regression, assert_same, loader, make_netwo
 from sam_lightning.callbacks.sharpness_monitor import SharpnessMonitor, measure_module
 from sam_lightning.data import Digits
 from sam_lightning.models import ImageClassifier, digits_cnn
-from sam_lightning.optim.batch_norm import frozen_running_stats
+from sam_lightning.replay.batch_norm import frozen_running_stats
 from sam_lightning.sharpness import Settings, measure
 from sam_lightning.studies.execute import execute
 from sam_lightning.training import SharpnessAwareTraining

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from sam_lightning import SAM
 from sam_lightning.data.loader import BatchLoader
 from sam_lightning.data.sampler import EpochSampler
-from sam_lightning.optim.batch_norm import frozen_running_stats
+from sam_lightning.replay.batch_norm import frozen_running_stats
 from sam_lightning.training import SharpnessAwareModule
 
 SGD = partial(torch.optim.SGD, lr=0.05, momentum=0.9, weight_decay=1e-3)

@@ -20,8 +20,8 @@ from torch.utils.data import DataLoader, DistributedSampler
 from cases import BASES, CASES, Net, several_groups
 from regression import SAM_SGD, SGD, Regression, Tied, loader, make_data, make_network, state_of
 from sam_lightning.callbacks import RandomStates
-from sam_lightning.optim import global_norm, norms
-from sam_lightning.optim.shards import local_parts, whole
+from sam_lightning.tensors import global_norm, norms
+from sam_lightning.tensors.shards import local_parts, whole
 from sam_lightning.training import SharpnessAwareTraining
 from sam_lightning.training.sharding import shard
 

@@ -11,7 +11,7 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, se
 
 from cases import BASES, SGD, Net, displaced, every_base, every_case, length, same, step
 from sam_lightning import ASAM, SAM
-from sam_lightning.optim import global_norm, norms
+from sam_lightning.tensors import global_norm, norms
 
 
 def scaled_step(optimizer, net, scaler, overflow=None, as_tensor=False):

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from sam_lightning.optim.vectors import Scaled, add_, inner_product, parts_of
+from sam_lightning.tensors.vectors import Scaled, add_, inner_product, parts_of
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.complex64)
 

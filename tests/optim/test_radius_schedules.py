@@ -8,7 +8,7 @@ import torch
 
 from cases import SGD, Net
 from sam_lightning import SAM
-from sam_lightning.optim.radius import Progress, end_schedule, follow_lr, follow_schedule, late, warm_up
+from sam_lightning.optim.radius_schedules import Progress, end_schedule, follow_lr, follow_schedule, late, warm_up
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from torchmetrics.classification import BinaryAccuracy
 
 from plain_modules import RHO, Once, Plain, SharpByMixin, batches, distance, rows, sharp, sharp_loop
 from sam_lightning import SAM
-from sam_lightning.optim import mutable_values
+from sam_lightning.replay import mutable_values
 from sam_lightning.training import SharpnessAwareTraining
 
 # The second pass is the same function.

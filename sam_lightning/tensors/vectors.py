@@ -7,8 +7,8 @@ from typing import overload
 import torch
 from torch import Tensor
 
-from sam_lightning.optim.norms import without_nan_
-from sam_lightning.optim.shards import are_sharded, whole
+from sam_lightning.tensors.norms import without_nan_
+from sam_lightning.tensors.shards import are_sharded, whole
 
 _PART = 2**20  # entries
 _FUSED = (torch.float32, torch.float16, torch.bfloat16)  # its learning rate is a float32

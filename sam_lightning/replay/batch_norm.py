@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from sam_lightning.optim.module_state import is_running_statistic
+from sam_lightning.replay.module_state import is_running_statistic
 
 
 @contextmanager

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from sam_lightning.optim.mutable_values import Budget, Restore, is_small, restorer
+from sam_lightning.replay.mutable_values import Budget, Restore, is_small, restorer
 
 # And what stands in for a method of a LightningModule while it trains.
 MODULE_ATTRIBUTES = frozenset(vars(nn.Module())) | {"log"}

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from sam_lightning.optim.batch_norm import frozen_running_stats
+from sam_lightning.replay.batch_norm import frozen_running_stats
 
 
 class OwnNorm(nn.Module):

@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from sam_lightning.optim.batch_copies import BatchCopies
-from sam_lightning.optim.module_state import ModuleState
-from sam_lightning.optim.random_states import random_states, set_random_states
+from sam_lightning.replay.batch_copies import BatchCopies
+from sam_lightning.replay.module_state import ModuleState
+from sam_lightning.replay.random_states import random_states, set_random_states
 
 
 class Replay:

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from sam_lightning.optim.attributes import MODULE_ATTRIBUTES, Attributes, objects_in, tensors_of, with_prefixes
-from sam_lightning.optim.batch_copies import version
-from sam_lightning.optim.mutable_values import is_small
-from sam_lightning.optim.shards import local_parts
+from sam_lightning.replay.attributes import MODULE_ATTRIBUTES, Attributes, objects_in, tensors_of, with_prefixes
+from sam_lightning.replay.batch_copies import version
+from sam_lightning.replay.mutable_values import is_small
+from sam_lightning.tensors.shards import local_parts
 
 
 @dataclass

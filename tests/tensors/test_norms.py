@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from sam_lightning.optim import norms
-from sam_lightning.optim.vectors import Scaled, add_
+from sam_lightning.tensors import norms
+from sam_lightning.tensors.vectors import Scaled, add_
 
 
 @pytest.mark.parametrize("on_host", [True, False])

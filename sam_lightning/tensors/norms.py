@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from sam_lightning.optim.shards import are_sharded, whole
+from sam_lightning.tensors.shards import are_sharded, whole
 
 _LOW_PRECISION = (torch.float16, torch.bfloat16)
 _PIECE = 2**18  # torch sums a long float32 tensor on the CPU in a few lanes: 1 % is lost at 1e8 entries
