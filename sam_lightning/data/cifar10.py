@@ -39,6 +39,7 @@ class CIFAR10(ImageData):
         validation: split, test or none.
         validation_fraction: Held-out share of the training set.
         split_seed: Seed of the split.
+        training_samples: Number of training samples; all by default.
         label_noise: Probability with which each training label is redrawn over all classes.
         label_noise_seed: Seed of the label noise.
         normalisation: unit, half or standard.
@@ -70,6 +71,7 @@ class CIFAR10(ImageData):
         validation: Validation = "split",
         validation_fraction: float = 0.1,
         split_seed: int = 0,
+        training_samples: int | None = None,
         label_noise: float = 0.0,
         label_noise_seed: int = 0,
         normalisation: Normalisation = "standard",
@@ -83,6 +85,7 @@ class CIFAR10(ImageData):
             validation=validation,
             validation_fraction=validation_fraction,
             split_seed=split_seed,
+            training_samples=training_samples,
             label_noise=label_noise,
             label_noise_seed=label_noise_seed,
             normalisation=normalisation,

@@ -31,6 +31,8 @@ class ImageData(LightningDataModule, ABC):
             set (which then chooses the epoch: for reproductions that did), `none` does not validate.
         validation_fraction: Size of that part, in (0, 1).
         split_seed: Seed of the split alone; runs with different seeds share their validation set.
+        training_samples: Trains on so many samples only, a stratified part of the training set (of what the split
+            leaves), chosen by `split_seed`; `None`: on all.
         label_noise: Probability, in [0, 1], with which each training label is redrawn uniformly over all
             classes; validation and test labels stay clean. See `redraw`.
         label_noise_seed: Seed of the noise alone; runs with different seeds share their wrong labels.
@@ -56,6 +58,7 @@ class ImageData(LightningDataModule, ABC):
         validation: Validation,
         validation_fraction: float,
         split_seed: int,
+        training_samples: int | None,
         label_noise: float,
         label_noise_seed: int,
         normalisation: Normalisation,
@@ -77,6 +80,7 @@ class ImageData(LightningDataModule, ABC):
             ("num_workers", num_workers, 0),
             ("seed", seed or 0, 0),
             ("split_seed", split_seed, 0),
+            ("training_samples", 1 if training_samples is None else training_samples, 1),
             ("label_noise_seed", label_noise_seed, 0),
         ):
             if number < least:
@@ -89,6 +93,7 @@ class ImageData(LightningDataModule, ABC):
         self.validation = validation
         self.validation_fraction = validation_fraction
         self.split_seed = split_seed
+        self.training_samples = training_samples
         self.label_noise = label_noise
         self.label_noise_seed = label_noise_seed
         self.normalisation = normalisation
@@ -117,9 +122,21 @@ class ImageData(LightningDataModule, ABC):
         noisy = train.with_labels(redraw(train.labels, self.num_classes, self.label_noise, self.label_noise_seed))
         if self.validation == "split":
             kept, held_out = stratified_split(train.labels, self.validation_fraction, self.split_seed)
-            self._train, self._val = noisy.subset(kept), train.subset(held_out)
+            self._train, self._val = self._part(noisy.subset(kept), train.labels[kept]), train.subset(held_out)
         else:
-            self._train, self._val = noisy, self._test
+            self._train, self._val = self._part(noisy, train.labels), self._test
+
+    def _part(self, train: Images, labels: Tensor) -> Images:
+        """The `training_samples` of them, with equal shares of the right labels, (N,)."""
+        size = self.training_samples
+        if size is None or size == len(train):
+            return train
+        if not self.num_classes <= size <= len(train) - self.num_classes:  # a sample of each class in both parts
+            raise ValueError(
+                f"training_samples must be in [{self.num_classes}, {len(train) - self.num_classes}], or all "
+                f"{len(train)} of the training set, got {size}."
+            )
+        return train.subset(stratified_split(labels, size, self.split_seed)[1])
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """Batches in the order of (seed, epoch), resumable within an epoch."""

@@ -70,6 +70,51 @@ def cifar_resnet18(num_classes: int = 10, norm: Norm = "batch") -> ResNet:
     return network
 
 
+def cifar_resnet(depth: int = 20, width: int = 16, stem_stride: int = 1, num_classes: int = 10) -> nn.Sequential:
+    """The thin residual networks for 32x32 images of He et al., section 4.2.
+
+    A 3x3 stem, three stages of (depth - 2) / 6 basic blocks with `width`, 2 * `width` and 4 * `width` channels, and a
+    linear head. Depth 20 and width 16 have 0.27 million parameters. Where the number of channels changes, the shortcut
+    is a 1x1 convolution with batch normalisation, where the paper pads with zeros.
+
+    Args:
+        depth: Number of layers with weights on the longest path, 6 n + 2.
+        width: Channels of the first stage.
+        stem_stride: 1; with 2 every image within has half the height and width, and a pass costs about a quarter.
+        num_classes: Size of the head.
+
+    Raises:
+        ValueError: If there is no network of that depth.
+
+    Reference:
+        He, Zhang, Ren, Sun. Deep Residual Learning for Image Recognition. CVPR 2016. arXiv 1512.03385.
+    """
+    blocks, remainder = divmod(depth - 2, 6)
+    if blocks < 1 or remainder:
+        raise ValueError(f"depth must be 6 n + 2, such as 8, 14 or 20, got {depth!r}.")
+    layers: dict[str, nn.Module] = {
+        "conv1": nn.Conv2d(3, width, 3, stride=stem_stride, padding=1, bias=False),
+        "norm1": nn.BatchNorm2d(width),
+        "relu1": nn.ReLU(inplace=True),
+    }
+    before = width
+    for stage in range(3):
+        after = width * 2**stage
+        for block in range(blocks):
+            stride = 2 if stage > 0 and block == 0 else 1
+            shortcut = None
+            if before != after:
+                shortcut = nn.Sequential(nn.Conv2d(before, after, 1, stride, bias=False), nn.BatchNorm2d(after))
+            layers[f"stage{stage + 1}_block{block + 1}"] = BasicBlock(before, after, stride, shortcut)
+            before = after
+    layers |= {"pool": nn.AdaptiveAvgPool2d(1), "flatten": nn.Flatten(), "fc": nn.Linear(before, num_classes)}
+    for layer in layers.values():
+        for module in layer.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")  # as torchvision's others
+    return nn.Sequential(OrderedDict(layers))
+
+
 def digits_cnn(num_classes: int = 10, width: int = 32) -> nn.Sequential:
     """A small convolutional network with batch normalisation for 8x8 digits, about 30,000 parameters.
 

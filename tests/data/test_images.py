@@ -308,6 +308,27 @@ def test_the_split_is_stratified_disjoint_and_its_own(fake_cifar10):
     assert parts(split_seed=1)[1] != held_out
 
 
+@pytest.mark.parametrize("validation", ["split", "test"])
+def test_a_part_of_the_training_set_is_stratified_and_keeps_its_labels(validation):
+    def train(**options):
+        return noisy(validation=validation, **options)
+
+    samples, labels = labels_of(train().train_dataloader())
+    part, own = labels_of(train(training_samples=200, seed=9).train_dataloader())
+    assert len(part) == 200
+    assert set(part.tolist()) <= set(samples.tolist())  # none that validates
+    assert torch.equal(own, labels[torch.searchsorted(samples, part)])
+    clean = dict(zip(*(t.tolist() for t in labels_of(train(label_noise=0.0).train_dataloader())), strict=True))
+    assert set(torch.tensor([clean[sample] for sample in part.tolist()]).bincount().tolist()) <= {19, 20, 21}
+    held_out = [labels_of(data.val_dataloader())[0] for data in (train(), train(training_samples=200))]
+    assert torch.equal(*held_out)
+    assert not torch.equal(part, labels_of(train(training_samples=200, split_seed=1).train_dataloader())[0])
+    assert len(labels_of(train(training_samples=len(samples)).train_dataloader())[0]) == len(samples)
+    for size in (9, len(samples) - 9, len(samples) + 1):
+        with pytest.raises(ValueError, match=rf"training_samples must be in .*all {len(samples)} of .*, got {size}\."):
+            train(training_samples=size)
+
+
 def test_validation_on_the_test_set_or_none(fake_cifar10):
     test = module(root=str(fake_cifar10), validation="test")
     assert sum(len(batch[0]) for batch in test.train_dataloader()) == 100
@@ -423,6 +444,7 @@ def test_the_seed_is_that_of_seed_everything(monkeypatch):
     [
         ("batch_size", 0, "an integer >= 1"),
         ("eval_batch_size", 0, "an integer >= 1"),
+        ("training_samples", 0, "an integer >= 1"),
         ("validation_fraction", 1.0, r"in \(0, 1\)"),
         ("validation", "some", r"one of \('split', 'test', 'none'\)"),
         ("normalisation", "full", r"one of \('unit', 'half', 'standard'\)"),

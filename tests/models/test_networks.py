@@ -6,7 +6,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models import resnet18 as torchvision_resnet18
 
-from sam_lightning.models import TrimmedConv2d, cifar_resnet18, digits_cnn, resnet18
+from sam_lightning.models import TrimmedConv2d, cifar_resnet, cifar_resnet18, digits_cnn, resnet18
 
 
 def normalising(network):
@@ -96,6 +96,30 @@ def test_cifar_form(norm, kind, count):
     assert sizes == [(4, 4)]  # 32 halved by three stages, not by the stem
     # He initialisation by fan out, as the other convolutions: std = sqrt(2 / (9 * 64)).
     assert network.conv1.weight.std().item() == pytest.approx((2 / 576) ** 0.5, rel=0.1)
+
+
+@pytest.mark.parametrize(("depth", "millions"), [(20, 0.27), (32, 0.46), (56, 0.85), (110, 1.7)])
+def test_thin_residual_networks_have_the_size_that_their_authors_give(depth, millions):  # He et al., table 6
+    network = cifar_resnet(depth)
+    assert sum(p.numel() for p in network.parameters()) == pytest.approx(millions * 1e6, rel=0.03)
+    weights = [layer for layer in network.modules() if isinstance(layer, nn.Conv2d | nn.Linear)]
+    assert len(weights) == depth + 2  # and two shortcuts
+    assert all(layer.bias is None for layer in weights[:-1])
+
+
+@pytest.mark.parametrize(("stem_stride", "size"), [(1, 8), (2, 4)])
+def test_thin_residual_networks_halve_the_image_at_every_stage(stem_stride, size):
+    network = cifar_resnet(depth=8, width=4, stem_stride=stem_stride, num_classes=7)
+    sizes = []
+    network.pool.register_forward_hook(lambda layer, inputs, output: sizes.append(inputs[0].shape[1:]))
+    assert network(torch.randn(2, 3, 32, 32)).shape == (2, 7)
+    assert sizes == [(16, size, size)]
+
+
+@pytest.mark.parametrize("depth", [2, 18, 21])
+def test_a_depth_that_no_thin_residual_network_has_is_refused(depth):
+    with pytest.raises(ValueError, match=f"depth must be 6 n \\+ 2, such as 8, 14 or 20, got {depth}"):
+        cifar_resnet(depth)
 
 
 def test_digits_network():
