@@ -1,12 +1,13 @@
 """The attributes of a module, of its submodules, and of the plain objects that they hold."""
 
 from collections.abc import Iterator, MutableMapping
+from operator import is_
 from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
 from torch import Tensor, nn
 
-from sam_lightning.replay.mutable_values import Budget, Restore, is_small, restorer
+from sam_lightning.replay.mutable_values import MUTABLE, Budget, Restore, is_small, restorer
 
 # And what stands in for a method of a LightningModule while it trains.
 MODULE_ATTRIBUTES = frozenset(vars(nn.Module())) | {"log"}
@@ -19,21 +20,76 @@ _MACHINERY = {
 }
 
 
+class Owner:
+    """A dictionary of attributes, and which of its values a pass may change from within.
+
+    Most modules hold the same values in every step. Those of the last look are compared by identity, which takes a
+    microsecond, and are sorted anew only where one was replaced.
+
+    Args:
+        prefix: Of the names of what it holds.
+        attributes: The dictionary itself.
+        is_buffers: Whether it is a module's buffers.
+
+    Attributes:
+        values: All but what every `nn.Module` has.
+        mutable: Values that are or hold something with contents of their own.
+        tensors: Tensors, by name.
+        containers: Lists, tuples and dictionaries, by name.
+        holders: Values that are or hold plain objects of the user's, by name.
+    """
+
+    def __init__(self, prefix: str, attributes: MutableMapping[str, Any], is_buffers: bool) -> None:
+        self.prefix = prefix
+        self.attributes = attributes
+        self.is_buffers = is_buffers
+        self._sort()
+
+    def holds_the_same(self) -> bool:
+        """Whether keys and values are those of the last look."""
+        seen, now = self._seen, self.attributes
+        return len(seen) == len(now) and all(map(is_, seen.values(), now.values())) and list(seen) == list(now)
+
+    def look(self) -> None:
+        """Sorts the values if others are there."""
+        if not self.holds_the_same():
+            self._sort()
+
+    def _sort(self) -> None:
+        self._seen = dict(self.attributes)
+        self.values = {key: value for key, value in self._seen.items() if key not in MODULE_ATTRIBUTES}
+        self.mutable = [value for value in self.values.values() if isinstance(value, MUTABLE)]
+        self.tensors = [(key, value) for key, value in self._seen.items() if isinstance(value, Tensor)]
+        containers = [(key, value) for key, value in self.values.items() if isinstance(value, list | tuple | dict)]
+        self.containers = containers
+        self.holders = containers + [(key, value) for key, value in self.values.items() if _collects(value)]
+
+    def tensors_within(self) -> Iterator[tuple[str, Tensor]]:
+        """Its tensors, and large ones in its containers, with which small ones are copied."""
+        yield from self.tensors
+        for key, value in self.containers:
+            if len(value) <= _MANY:
+                elements = value.items() if isinstance(value, dict) else enumerate(value)
+                yield from ((f"{key}.{i}", e) for i, e in elements if isinstance(e, Tensor) and not is_small(e))
+
+
 class Attributes:
     """The attributes of all owners at one moment, and what their mutable values hold."""
 
-    def __init__(self, owners: list[tuple[str, MutableMapping[str, Any], bool]]) -> None:
-        self._values: list[tuple[MutableMapping[str, Any], dict[str, Any]]] = []
-        self._restorers: list[Restore] = []
+    def __init__(self, owners: list[Owner]) -> None:
         budget = Budget()
-        for _, attributes, _ in owners:
-            values = {key: value for key, value in attributes.items() if key not in MODULE_ATTRIBUTES}
-            self._values.append((attributes, values))
-            self._restorers += [restore for value in values.values() if (restore := restorer(value, budget))]
+        for owner in owners:
+            owner.look()
+        self._values = [(owner, owner.values) for owner in owners]
+        mutable = (value for owner in owners for value in owner.mutable)
+        self._restorers: list[Restore] = [restore for value in mutable if (restore := restorer(value, budget))]
 
     def restore(self) -> None:
         """Gives every owner the attributes that it had, and their values what they held."""
-        for attributes, values in self._values:
+        for owner, values in self._values:
+            if owner.values is values and owner.holds_the_same():
+                continue
+            attributes = owner.attributes
             for key in [key for key in attributes if key not in values and key not in MODULE_ATTRIBUTES]:
                 del attributes[key]
             for key, value in values.items():
@@ -75,13 +131,3 @@ def objects_in(value: Any, prefix: str, met: set[int]) -> Iterator[tuple[str, An
         yield prefix, value
         for key, held in vars(value).items():
             yield from objects_in(held, f"{prefix}{key}.", met)
-
-
-def tensors_of(attributes: MutableMapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
-    """Tensors among the attributes, and large ones in their containers, with which small ones are copied."""
-    for key, value in attributes.items():
-        if isinstance(value, Tensor):
-            yield key, value
-        elif isinstance(value, list | tuple | dict) and len(value) <= _MANY and key not in MODULE_ATTRIBUTES:
-            elements = value.items() if isinstance(value, dict) else enumerate(value)
-            yield from ((f"{key}.{i}", e) for i, e in elements if isinstance(e, Tensor) and not is_small(e))

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from sam_lightning.replay.attributes import MODULE_ATTRIBUTES, Attributes, objects_in, tensors_of, with_prefixes
+from sam_lightning.replay.attributes import Attributes, Owner, objects_in, with_prefixes
 from sam_lightning.replay.batch_copies import version
 from sam_lightning.replay.mutable_values import is_small
-from sam_lightning.tensors.shards import local_parts
+from sam_lightning.tensors.shards import PLAIN, local_parts
 
 
 @dataclass
@@ -22,7 +22,7 @@ class _Tracked:
     tensor: Tensor
     kind: str  # buffer, attribute or parameter
     version: int  # when the pass began that is running
-    start: Tensor | None  # what it was before the first pass, where that is known
+    start: Tensor | None = None  # what it was before the first pass, where that is known
     checksum: Tensor | None = None  # of what it was, in the first pass ever and where it is not known
     end: Tensor | None = None  # what the first pass left, if it changed it
 
@@ -60,6 +60,7 @@ class ModuleState:
         self._changing: set[str] = set()  # names of tensors that passes are known to change
         self._unseen: set[str] = set()  # those of them whose version counters do not tell
         self._kept: dict[str, tuple[Tensor, int, Tensor]] = {}  # large tensors: the tensor, its version, its copy
+        self._owners: dict[int, Owner] = {}  # by the identity of what they own
         self._has_observed_a_pass = False
         moved = set(trained())
         others = sum(p.numel() for p in module.parameters() if p not in moved and not is_lazy(p))
@@ -69,13 +70,16 @@ class ModuleState:
     def take(self) -> None:
         """Notes the state before a pass."""
         self._modules = list(with_prefixes(self._module, "", set()))
-        self._where = list(self._owners())
+        self._where = list(self._find_owners())
+        self._owners = {id(owner.attributes): owner for owner in self._where}
         self._start = Attributes(self._where)
-        self._tracked = [
-            _Tracked(name, tensor, kind, version(tensor), self._copy_of(name, tensor, kind))
-            for name, tensor, kind in self._tensors()
-        ]
+        self._tracked = [_Tracked(name, tensor, kind, version(tensor)) for name, tensor, kind in self._tensors()]
+        copied = [tracked for tracked in self._tracked if self._is_copied(tracked)]
+        for tracked, copy in zip(copied, _copies([tracked.tensor for tracked in copied]), strict=True):
+            tracked.start = copy
         for tracked in self._tracked:
+            if tracked.start is None:
+                tracked.start = self._kept_copy(tracked)
             if tracked.start is None and not self._has_observed_a_pass:
                 tracked.checksum = _checksum(tracked.tensor)
         buffers = (buffer for _, module in self._modules for buffer in module._buffers.values())
@@ -87,16 +91,16 @@ class ModuleState:
         moved = set(self._trained())  # more than before the pass if it has thawed some
         self._tracked = [tracked for tracked in self._tracked if tracked.tensor not in moved]
         self._tracked += [_Tracked("", b, "buffer", -1, None) for b in self._lazy if not is_lazy(b)]
-        for tracked in self._tracked:
-            if self._has_changed(tracked):
-                tracked.end = tracked.tensor.detach().clone()
+        changed = [tracked for tracked in self._tracked if self._has_changed(tracked)]
+        for tracked, copy in zip(changed, _copies([tracked.tensor for tracked in changed]), strict=True):
+            tracked.end = copy
         if not self._has_observed_a_pass:
             self._has_observed_a_pass = True
             buffers = {tracked.name for tracked in self._tracked if tracked.kind == "buffer"}
             self._kept = {name: kept for name, kept in self._kept.items() if name in buffers}
         self._end = Attributes(self._where)
         self._start.restore()
-        _copy([(t.tensor, t.start) for t in self._tracked if t.end is not None])
+        _copy([(t.tensor, t.start) for t in changed if t.start is not None])
         for tracked in self._tracked:
             tracked.version = version(tracked.tensor)
 
@@ -105,23 +109,28 @@ class ModuleState:
         """After another pass: restores the state in which the first one ended."""
         self._end.restore()
         changed = (t for t in self._tracked if t.end is not None or version(t.tensor) != t.version)
-        _copy([(t.tensor, t.start if t.end is None else t.end) for t in changed])
+        values = [(t.tensor, t.start if t.end is None else t.end) for t in changed]
+        _copy([(tensor, value) for tensor, value in values if value is not None])
         del self._start, self._end, self._tracked, self._lazy, self._modules, self._where
 
     def restore_attributes(self) -> None:
         """Within a pass: gives attributes, lists and counters what they began with; tensors that are in use stay."""
         self._start.restore()
 
-    def _copy_of(self, name: str, tensor: Tensor, kind: str) -> Tensor | None:
+    def _is_copied(self, tracked: _Tracked) -> bool:
+        """Whether it is copied in every step."""
         # Of a frozen backbone there may be many.
-        is_watched = kind == "parameter" and (self._has_observed_a_pass or not self._compares_others)
-        if name in self._changing or (is_small(tensor) and not is_watched):
-            return tensor.detach().clone()
+        is_watched = tracked.kind == "parameter" and (self._has_observed_a_pass or not self._compares_others)
+        return tracked.name in self._changing or (is_small(tracked.tensor) and not is_watched)
+
+    def _kept_copy(self, tracked: _Tracked) -> Tensor | None:
+        """The copy of a large tensor, an earlier step's if the tensor is as it was."""
+        name, tensor = tracked.name, tracked.tensor
         kept = self._kept.get(name)
         if kept is not None and kept[0] is tensor and kept[1] == version(tensor):
             return kept[2]
-        is_compared = not self._has_observed_a_pass and (kind != "parameter" or self._compares_others)
-        if kind == "buffer" or is_compared:
+        is_compared = not self._has_observed_a_pass and (tracked.kind != "parameter" or self._compares_others)
+        if tracked.kind == "buffer" or is_compared:
             self._kept[name] = tensor, version(tensor), tensor.detach().clone()
             return self._kept[name][2]
         return None
@@ -151,34 +160,42 @@ class ModuleState:
 
     def _tensors(self) -> Iterator[tuple[str, Tensor, str]]:
         """(name, tensor, buffer or attribute or parameter) of everything that has values of its own to keep."""
-        for prefix, attributes, is_buffers in self._where:
-            for key, value in tensors_of(attributes):
+        for owner in self._where:
+            for key, value in owner.tensors_within():
                 if value.requires_grad or not _has_values(value):
                     continue
-                if is_buffers and not self._running_stats and is_running_statistic(key):
+                if owner.is_buffers and not self._running_stats and is_running_statistic(key):
                     continue
-                yield prefix + key, value, "buffer" if is_buffers else "attribute"
+                yield owner.prefix + key, value, "buffer" if owner.is_buffers else "attribute"
         moved = set(self._trained())
         for prefix, module in self._modules:
             for key, parameter in module._parameters.items():
                 if parameter is not None and parameter not in moved and _has_values(parameter):
                     yield prefix + key, parameter, "parameter"
 
-    def _owners(self) -> Iterator[tuple[str, MutableMapping[str, Any], bool]]:
-        """(prefix of the names, attributes, whether they are buffers) of modules and of the objects they hold."""
+    def _find_owners(self) -> Iterator[Owner]:
+        """Of the attributes of modules and of the objects that they hold, and of buffers."""
         met: set[int] = set()
         for prefix, module in self._modules:
             if isinstance(module, torch.jit.ScriptModule):
-                yield prefix, dict(module.named_buffers(recurse=False)), True
+                yield Owner(prefix, dict(module.named_buffers(recurse=False)), is_buffers=True)
                 continue
             if module._buffers:
-                yield prefix, module._buffers, True
+                yield self._owner(prefix, module._buffers, is_buffers=True)
             if type(module).__module__.startswith("torch."):
                 continue
-            yield prefix, vars(module), False
-            for key, value in vars(module).items():
-                if key not in MODULE_ATTRIBUTES:
-                    yield from ((name, vars(held), False) for name, held in objects_in(value, f"{prefix}{key}.", met))
+            owner = self._owner(prefix, vars(module))
+            yield owner
+            for key, value in owner.holders:
+                yield from (self._owner(name, vars(held)) for name, held in objects_in(value, f"{prefix}{key}.", met))
+
+    def _owner(self, prefix: str, attributes: MutableMapping[str, Any], is_buffers: bool = False) -> Owner:
+        """The owner of these attributes: the one of an earlier step, if there is one."""
+        owner = self._owners.get(id(attributes))
+        if owner is None or owner.attributes is not attributes or owner.prefix != prefix:
+            return Owner(prefix, attributes, is_buffers)
+        owner.look()
+        return owner
 
 
 def is_running_statistic(name: str) -> bool:
@@ -197,8 +214,21 @@ def _has_values(tensor: Tensor) -> bool:
     return not is_lazy(tensor) and not tensor.is_inference() and tensor.layout == torch.strided
 
 
-def _copy(pairs: list[tuple[Tensor, Tensor | None]]) -> None:
-    known = [(tensor, value) for tensor, value in pairs if value is not None]
-    if known:
-        tensors, values = zip(*known, strict=True)
-        torch._foreach_copy_(local_parts([t.detach() for t in tensors]), local_parts(list(values)))
+def _copies(tensors: list[Tensor]) -> list[Tensor]:
+    copies = [torch.empty_like(t) if type(t) in PLAIN else t.detach().clone() for t in tensors]
+    _copy([(copy, t) for copy, t in zip(copies, tensors, strict=True) if type(t) in PLAIN])
+    return copies
+
+
+def _copy(pairs: list[tuple[Tensor, Tensor]]) -> None:
+    """Writes each second tensor into the first: in one operation for all of a kind, which is what an accelerator likes.
+
+    Mixed kinds in one operation would be copied one by one.
+    """
+    kinds: dict[tuple[torch.dtype, torch.device], tuple[list[Tensor], list[Tensor]]] = {}
+    for target, source in pairs:
+        targets, sources = kinds.setdefault((target.dtype, target.device), ([], []))
+        targets.append(target.detach())
+        sources.append(source)
+    for targets, sources in kinds.values():
+        torch._foreach_copy_(local_parts(targets), local_parts(sources))

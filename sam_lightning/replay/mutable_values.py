@@ -14,6 +14,11 @@ from torch import Tensor, nn
 Restore = Callable[[], None]
 
 SMALL = 2**20  # bytes up to which a tensor or an array is copied in every step rather than watched
+# What `restorer` looks into.
+MUTABLE = (
+    *(list, tuple, dict, set, deque),
+    *(np.ndarray, torch.Generator, np.random.Generator, np.random.RandomState, random.Random),
+)
 _IMMUTABLE = frozenset({int, float, bool, str, bytes, type(None), FunctionType, MethodType, torch.device, torch.dtype})
 
 

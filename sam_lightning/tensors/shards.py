@@ -5,12 +5,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_PLAIN = {Tensor, torch.nn.Parameter}  # by far the most, and told much faster than by what they cannot do
+PLAIN = {Tensor, torch.nn.Parameter}  # by far the most, and told much faster than by what they cannot do
 
 
 def are_sharded(tensors: list[Tensor]) -> list[bool]:
     """For each tensor, whether a process may hold a part of it only."""
-    if {type(t) for t in tensors} <= _PLAIN:
+    if {type(t) for t in tensors} <= PLAIN:
         return [False] * len(tensors)
     return [hasattr(t, "to_local") for t in tensors]
 
