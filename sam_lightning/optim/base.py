@@ -88,11 +88,22 @@ class SharpnessAware(Perturbation):
             optimizer: Any torch optimizer; its groups get the key `rho` where they have none.
             names: The module, or pairs of names and parameters, for methods that go by names (ASAM's biases).
             options: The method's own, such as `rho`.
+
+        Raises:
+            TypeError: If `optimizer` is none, or has no such option.
+            ValueError: If the optimizer was made sharpness-aware before and its groups keep another `rho` than is given.
         """
         if not isinstance(optimizer, Optimizer):
             raise TypeError(f"{cls.__name__}.around takes a torch optimizer, got {type(optimizer).__name__}.")
+        is_second = any("sharpness_step" in group for group in optimizer.param_groups)
         named = names.named_parameters() if isinstance(names, nn.Module) else names or ()
-        return cls(list(named), lambda _: optimizer, **options)
+        sharp = cls(list(named), lambda _: optimizer, **options)
+        if is_second and "rho" in options and options["rho"] not in sharp.own_radii():
+            raise ValueError(
+                f"{cls.__name__}.around was given rho={options['rho']}, and this {type(optimizer).__name__} keeps rho="
+                f"{sharp.own_radii()[0]} from an earlier use: leave rho out, or set it in optimizer.param_groups."
+            )
+        return sharp
 
     def passes(
         self,

@@ -44,6 +44,10 @@ class RadiusGroups(OptimizerWrapper):
         """The radius of one of the groups."""
         return check_radius("rho", group.get(self.radius_key, self.rho))
 
+    def own_radii(self) -> list[float]:
+        """Each group's radius, without the factor of a schedule."""
+        return [float(group.get("initial_rho", self.radius(group))) for group in self.param_groups]
+
     @property
     def steps(self) -> int:
         """Steps really taken, from the groups and so from the checkpoint."""

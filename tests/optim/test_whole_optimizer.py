@@ -70,6 +70,15 @@ def test_a_group_may_bring_its_radius_to_around():
     assert [group["rho"] for group in SAM.around(SGD(groups), rho=0.1).param_groups] == [0.7, 0.1]
 
 
+def test_a_second_around_with_another_radius_is_refused():
+    existing = SGD(Net().parameters())
+    SAM.around(existing, rho=0.1)
+    for options in ({"rho": 0.1}, {}):  # the same, or none: goes on with it
+        assert SAM.around(existing, **options).param_groups[0]["rho"] == 0.1
+    with pytest.raises(ValueError, match=r"SAM.around was given rho=0.5, and this SGD keeps rho=0.1 from an earlier use"):
+        SAM.around(existing, rho=0.5)
+
+
 # What others do with it.
 
 
