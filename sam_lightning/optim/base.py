@@ -12,7 +12,7 @@ from sam_lightning.optim.gradients import Marks
 from sam_lightning.optim.parameter_groups import BaseOptimizer, Params, check_radius
 from sam_lightning.optim.passes import Losses, run_passes
 from sam_lightning.optim.perturbation import Perturbation
-from sam_lightning.optim.transient import Transient
+from sam_lightning.optim.step_state import StepState
 
 
 class SharpnessAware(Perturbation):
@@ -74,7 +74,7 @@ class SharpnessAware(Perturbation):
     def __init__(self, params: Params, base: BaseOptimizer, rho: float, every: int = 1, **base_options: Any) -> None:
         if isinstance(every, bool) or not isinstance(every, int) or every < 1:
             raise ValueError(f"every must be an integer >= 1, got {every!r}.")
-        self._now = Transient()
+        self._now = StepState()
         super().__init__(params, base, check_radius("rho", rho), base_options)
         self.every = every
 
@@ -91,7 +91,7 @@ class SharpnessAware(Perturbation):
 
         Raises:
             TypeError: If `optimizer` is none, or has no such option.
-            ValueError: If the optimizer was made sharpness-aware before and its groups keep another `rho` than is given.
+            ValueError: If an earlier use has left another `rho` in the groups than is given.
         """
         if not isinstance(optimizer, Optimizer):
             raise TypeError(f"{cls.__name__}.around takes a torch optimizer, got {type(optimizer).__name__}.")
@@ -199,7 +199,7 @@ class SharpnessAware(Perturbation):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A copy begins between two steps."""
-        self._now = Transient()
+        self._now = StepState()
         super().__setstate__(state)
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from sam_lightning.optim.base import SharpnessAware
 from sam_lightning.optim.parameter_groups import BaseOptimizer, Params, check_radius
-from sam_lightning.optim.transient import copy
+from sam_lightning.tensors.copies import copy
 from sam_lightning.tensors.norms import divide_by_norm, global_norm, reciprocal
 from sam_lightning.tensors.vectors import Scaled, add_, inner_product
 

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from sam_lightning.optim.transient import Transient
+from sam_lightning.optim.step_state import StepState
 
 
 class Method(ABC):
@@ -26,7 +26,7 @@ class Method(ABC):
     memory: ClassVar[str] = ""
 
     state: Any
-    _now: Transient
+    _now: StepState
 
     @abstractmethod
     def displacement(self, weights: list[Tensor], grads: list[Tensor]) -> Sequence[Tensor]:

@@ -46,7 +46,7 @@ class RadiusGroups(OptimizerWrapper):
 
     def own_radii(self) -> list[float]:
         """Each group's radius, without the factor of a schedule."""
-        return [float(group.get("initial_rho", self.radius(group))) for group in self.param_groups]
+        return [group.get("initial_rho", self.radius(group)) for group in self.param_groups]
 
     @property
     def steps(self) -> int:

@@ -10,7 +10,7 @@ from sam_lightning.optim.blend import Blend
 from sam_lightning.optim.gradients import dense, gradients, refuse_sparse
 from sam_lightning.optim.method import Method
 from sam_lightning.optim.parameter_groups import RadiusGroups
-from sam_lightning.optim.transient import copy
+from sam_lightning.tensors.copies import copy
 from sam_lightning.tensors.shards import local_parts
 from sam_lightning.tensors.vectors import add_
 
@@ -120,6 +120,10 @@ class Perturbation(Method, RadiusGroups):
             super().zero_grad(set_to_none)
         else:
             self._now.blend.keep(self._with_gradient())
+
+    def free_copies(self) -> None:
+        """Gives up the memory of copies that are kept from step to step; the next step takes it anew."""
+        self._now.free()
 
     def _check(self, what: str) -> None:
         if self._now.is_perturbed:

@@ -42,11 +42,15 @@ def differences_to_checkpoint(
 def settings(config: Mapping[str, Any]) -> dict[str, Any]:
     """Of a configuration, what changes the training: model, data, seed, and a part of the trainer's."""
     trainer = config.get("trainer") or {}
+    callbacks = trainer.get("callbacks") or []
+    callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
+    sharp = [hparams_of(c) for c in callbacks if c["class_path"].rpartition(".")[2] == "SharpnessAwareTraining"]
+    used = {key: usual if trainer.get(key) is None else trainer[key] for key, usual in _OF_THE_TRAINER.items()}
     return {
         "model": hparams_of(config.get("model")),
         "data": hparams_of(config.get("data")),
         "seed_everything": config.get("seed_everything"),
-        "trainer": {key: usual if trainer.get(key) is None else trainer[key] for key, usual in _OF_THE_TRAINER.items()},
+        "trainer": {**used, "callbacks": sharp[0] if sharp else {}},
     }
 
 

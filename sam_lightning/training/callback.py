@@ -13,7 +13,7 @@ from sam_lightning.training.logs import StepLogs
 from sam_lightning.training.methods import Method, make_sharp, maker_of, refuse_own_steps, trained_weights
 from sam_lightning.training.micro_batches import common_length
 from sam_lightning.training.packages import of_both_packages
-from sam_lightning.training.resume import go_on_with_the_next_epoch
+from sam_lightning.training.resume import go_on_with_the_next_epoch, tell_of_other_radii
 from sam_lightning.training.sharp_step import SharpStep
 from sam_lightning.training.step_metrics import StepMetrics
 from sam_lightning.training.strategies import data_parallel_size, refuse_options, refuse_strategy
@@ -58,7 +58,7 @@ class SharpnessAwareTraining(Callback):
     Attributes:
         m_sharpness: The number of samples that share a perturbation, known once training has begun; `None` without a
             sharpness-aware optimizer. Logged once.
-        step: What takes the steps, and what its passes came to; `None` before the first training.
+        step: What takes the steps, and what its passes came to; `None` outside of training.
     """
 
     def __init__(
@@ -91,8 +91,8 @@ class SharpnessAwareTraining(Callback):
         given = {"rho": rho, "every": None if every == 1 else every}
         self._options = {**{name: value for name, value in given.items() if value is not None}, **options}
         self.step: SharpStep | None = None
-        self._logs: StepLogs | None = None
         self._hooks: list[Any] = []
+        self._radii: list[float] = []
         self._metrics = StepMetrics()
         self.__class__ = of_both_packages(type(self))
 
@@ -114,19 +114,20 @@ class SharpnessAwareTraining(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Puts the method around the module's optimizer, and two passes in the place of one."""
-        self._remove()  # of a search that was broken off
+        self._remove(trainer)  # of a search that was broken off
         optimizer = make_sharp(trainer, pl_module, self._method, self._options)
         self.m_sharpness = None
+        self._radii = optimizer.own_radii() if isinstance(optimizer, SharpnessAware) else []
         refuse_options(trainer, pl_module, optimizer, self.sync_perturbation, self.micro_batches)
         self._hooks = [pl_module.register_state_dict_pre_hook(self._refuse_perturbed)]  # type: ignore[no-untyped-call]
-        self._logs = StepLogs(trainer, pl_module)
-        self._replay = Replay(
+        replay = Replay(
             pl_module,
             lambda: trained_weights(trainer),
             same_random_numbers=self.second_pass == "replay",
             running_stats=self.batch_norm_stats == "first",
         )
-        self.step = SharpStep(trainer, pl_module, self._replay, self._logs, self.micro_batches, self.sync_perturbation)
+        logs = StepLogs(trainer, pl_module)
+        self.step = SharpStep(trainer, pl_module, replay, logs, self.micro_batches, self.sync_perturbation)
 
     def _refuse_perturbed(self, *args: Any) -> None:
         """Whatever would save the weights, checkpoints first of all, asks for the module's `state_dict`."""
@@ -143,9 +144,13 @@ class SharpnessAwareTraining(Callback):
         return self.step is not None and self.step.is_second_pass
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Forgets the schedule of a checkpoint, where there is none now."""
-        if self.radius is None and isinstance(trainer.optimizers[0], SharpnessAware):
-            end_schedule(trainer.optimizers[0])
+        """Tells of a checkpoint with other radii, and forgets its schedule where there is none now."""
+        optimizer = trainer.optimizers[0]
+        if not isinstance(optimizer, SharpnessAware):
+            return
+        tell_of_other_radii(self._radii, optimizer.own_radii())
+        if self.radius is None:
+            end_schedule(optimizer)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Sets the step's radius; notes m, of the first batch: an incomplete last one has fewer samples."""
@@ -166,15 +171,15 @@ class SharpnessAwareTraining(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Logs what the passes came to, and warns once of what could not be kept from the second one."""
-        if self.step is None or self._logs is None or not outputs:  # a batch that nothing was made of
+        if self.step is None or not outputs:  # a batch that nothing was made of
             return
         self._metrics.add(self.step.result)
-        for finding in self._replay.findings():
+        for finding in self.step.replay.findings():
             rank_zero_warn(finding)
         if self.step.is_logged:
             self._refuse_diverged(trainer)
             lr = trainer.optimizers[0].param_groups[0].get("lr")
-            self._metrics.log_step(pl_module, self._logs, self.step.result, self.step.shown, lr)
+            self._metrics.log_step(pl_module, self.step.logs, self.step.result, self.step.shown, lr)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Logs the epoch's mean loss.
@@ -183,8 +188,8 @@ class SharpnessAwareTraining(Callback):
             DivergedError: If the weights are not finite.
         """
         self._refuse_diverged(trainer)
-        assert self._logs is not None
-        self._metrics.log_epoch(pl_module, self._logs)
+        assert self.step is not None
+        self._metrics.log_epoch(pl_module, self.step.logs)
 
     def _refuse_diverged(self, trainer: Trainer) -> None:
         refuse_diverged(trained_weights(trainer), trainer.current_epoch, trainer.global_step)
@@ -217,16 +222,18 @@ class SharpnessAwareTraining(Callback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Gives module and trainer their own step and log back."""
-        self._remove()
+        self._remove(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """As `teardown`, which Lightning leaves out then."""
-        self._remove()
+        self._remove(trainer)
 
-    def _remove(self) -> None:
+    def _remove(self, trainer: Trainer) -> None:
         for hook in self._hooks:
             hook.remove()
-        for part in (self.step, self._logs):
-            if part is not None:
-                part.remove()
-        self._hooks = []
+        if self.step is not None:
+            self.step.remove()
+        self._hooks, self.step = [], None
+        for optimizer in trainer.optimizers:
+            if isinstance(optimizer, SharpnessAware):
+                optimizer.free_copies()

@@ -1,4 +1,4 @@
-"""Where training goes on from a checkpoint."""
+"""Where training goes on from a checkpoint, and with which radius."""
 
 from typing import Any
 
@@ -37,3 +37,13 @@ def go_on_with_the_next_epoch(checkpoint: dict[str, Any], max_epochs: int | None
     if not is_done:
         batches["current"] = dict.fromkeys(batches["current"], 0)
         batches["is_last_batch"] = False
+
+
+def tell_of_other_radii(asked: list[float], restored: list[float]) -> None:
+    """Warns where a checkpoint has brought other radii than the module and its callback asked for."""
+    if {*asked} != {*restored}:  # a finetuning adds groups
+        in_checkpoint, here = (", ".join(f"{rho:g}" for rho in dict.fromkeys(radii)) for radii in (restored, asked))
+        rank_zero_warn(
+            f"rho is {in_checkpoint} in the checkpoint and {here} here: training goes on with the checkpoint's. For "
+            "another one start a new training, or set it in the optimizer's param_groups."
+        )

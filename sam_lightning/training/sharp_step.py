@@ -55,8 +55,8 @@ class SharpStep:
         self._gradients = Gradients(trainer, module)
         self._trainer = trainer
         self._module = module
-        self._replay = replay
-        self._logs = logs
+        self.replay = replay
+        self.logs = logs
         self._micro_batches = micro_batches
         self._sync_perturbation = sync_perturbation
         self._loop = trainer.fit_loop.epoch_loop.automatic_optimization
@@ -65,7 +65,8 @@ class SharpStep:
         vars(module)["is_second_pass"] = False  # for a module that asks
 
     def remove(self) -> None:
-        """Gives the trainer its own step back."""
+        """Gives trainer and module their own step and log back."""
+        self.logs.remove()
         vars(self._loop).pop("_make_closure", None)
         vars(self._module).pop("is_second_pass", None)
 
@@ -125,7 +126,7 @@ class SharpStep:
             return output
         perturbs = optimizer.will_perturb()
         if perturbs:
-            self._replay.begin(kwargs["batch"])
+            self.replay.begin(kwargs["batch"])
         local = perturbs and not self._sync_perturbation
         output = self._pass(kwargs, backward, sync=not local, before_backward=zero_grad)
         self.result.loss = self._loss_of(output)
@@ -138,7 +139,7 @@ class SharpStep:
                 # Under loss scaling an overflow in either pass must skip the step, on every process: NaN goes through
                 # the second pass's gradients, their average and the scaler's own check.
                 factor = None if self._gradients.scaler is None or norm is None else 1 + 0 * norm
-                with self._replay.again() as batch, self._second_pass():
+                with self.replay.again() as batch, self._second_pass():
                     second = self._pass({**kwargs, "batch": batch}, backward, sync=True, factor=factor)
                 self.result.loss_perturbed = self._loss_of(second)
                 self.shown = self.result
@@ -155,9 +156,9 @@ class SharpStep:
         """`training_step` and backward for every micro-batch; averaged over processes in the last one only."""
         parts = split_batch(kwargs["batch"], self._micro_batches, self._module)
         total: list[Tensor] = []
-        with self._logs.averaged() if len(parts) > 1 else nullcontext():
+        with self.logs.averaged() if len(parts) > 1 else nullcontext():
             for i, (batch, share) in enumerate(parts):
-                self._logs.share(share)
+                self.logs.share(share)
                 averages = sync and i == len(parts) - 1
                 with synchronised(self._trainer) if averages else unsynchronised(self._trainer):
                     output = self._loop._make_step_fn({**kwargs, "batch": batch})()  # type: ignore[arg-type]
@@ -184,7 +185,7 @@ class SharpStep:
         vars(self._trainer)["save_checkpoint"] = _save_nothing  # the first pass has saved, at w
         others = self._gradients.of_others()
         try:
-            with self._logs.silent():
+            with self.logs.silent():
                 yield
         finally:
             self.is_second_pass = False

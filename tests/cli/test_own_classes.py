@@ -219,6 +219,9 @@ def test_two_options_make_ones_own_module_sharp(capsys):
     assert "trains plainly" not in capsys.readouterr().err
     assert type(Plain.load_from_checkpoint("run/checkpoints/last.ckpt", weights_only=True)) is Plain
 
+    for again in (["fit", "--ckpt_path", "run"], words(Plain, *SHARP)):
+        with pytest.raises(SystemExit, match=r"trainer.callbacks.rho: 0.3 .*, 0.5 here"):
+            main([*again, "--trainer.callbacks.rho", "0.5"])
     resumed = main(["fit", "--ckpt_path", "run", "--trainer.max_epochs", "2"])
     assert type(resumed.trainer.optimizers[0]).__name__ == "ASAM"
     assert resumed.trainer.global_step == 2 * trained.trainer.global_step

@@ -75,7 +75,7 @@ def test_a_second_around_with_another_radius_is_refused():
     SAM.around(existing, rho=0.1)
     for options in ({"rho": 0.1}, {}):  # the same, or none: goes on with it
         assert SAM.around(existing, **options).param_groups[0]["rho"] == 0.1
-    with pytest.raises(ValueError, match=r"SAM.around was given rho=0.5, and this SGD keeps rho=0.1 from an earlier use"):
+    with pytest.raises(ValueError, match=r"was given rho=0.5, and this SGD keeps rho=0.1 from an earlier use"):
         SAM.around(existing, rho=0.5)
 
 

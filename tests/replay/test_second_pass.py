@@ -1,8 +1,11 @@
 """The second pass is the same function as the first, and leaves no trace."""
 
 import copy
+import gc
 import random
+import weakref
 from collections import Counter, OrderedDict, UserDict, defaultdict, deque
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -529,6 +532,30 @@ def test_a_large_buffer_that_only_the_second_pass_changes_is_put_back(trainer):
     module = Odd()
     trainer().fit(module, batches())
     assert module.large.sum() == 0
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_copies_end_with_the_training(trainer, fails):
+    """Of the weights, and of large buffers."""
+    kept = []
+
+    class Large(Plain):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("large", torch.zeros(2**18 + 1))
+
+        def on_train_batch_end(self, *args):
+            replay, weights = sharp.step.replay, self.trainer.optimizers[0]._now.weights
+            kept[:] = [weakref.ref(part) for part in (replay, weights)]
+            if fails:
+                raise OSError
+
+    module, sharp = Large(), SharpnessAwareTraining(SAM, rho=RHO)
+    made = trainer(callbacks=[sharp])
+    with pytest.raises(OSError) if fails else nullcontext():  # noqa: PT011
+        made.fit(module, batches())
+    gc.collect()
+    assert [part() for part in kept] == [None, None]
 
 
 class Counters(Plain):

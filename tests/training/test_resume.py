@@ -70,6 +70,14 @@ def test_a_run_that_its_time_ended_can_be_gone_on_with(trainer, tmp_path):
     assert made.current_epoch == 4
 
 
+def test_a_checkpoint_with_another_radius_is_told_and_counts(trainer, tmp_path):
+    fit(trainer, tmp_path, 1, saving={"save_on_train_epoch_end": True})
+    other = SharpnessAwareTraining(SAM, rho=0.5)
+    with pytest.warns(UserWarning, match=r"rho is 0.05 in the checkpoint and 0.5 here: .* the checkpoint's"):
+        made, _ = fit(trainer, tmp_path / "again", 2, False, tmp_path / "step=4.ckpt", callbacks=[other])
+    assert made.optimizers[0].param_groups[0]["rho"] == RHO
+
+
 def test_steps_go_on_being_counted_behind_plain_ones(trainer, tmp_path):
     fit(trainer, tmp_path, 1, sharp=False, saving={"save_on_train_epoch_end": True})
     made, _ = fit(trainer, tmp_path / "again", 2, ckpt_path=tmp_path / "step=4.ckpt")
