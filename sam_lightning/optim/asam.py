@@ -8,8 +8,8 @@ from torch import Tensor
 
 from sam_lightning.optim.base import SharpnessAware
 from sam_lightning.optim.parameter_groups import BaseOptimizer, Params, check_radius
-from sam_lightning.tensors.norms import divide_by_norm, global_norm, reciprocal
-from sam_lightning.tensors.vectors import Scaled, parts_of
+from sam_lightning.tensors.norms import global_norm, reciprocal
+from sam_lightning.tensors.vectors import Scaled, divide_by_norm, parts_of
 
 
 class ASAM(SharpnessAware):
@@ -81,7 +81,7 @@ class ASAM(SharpnessAware):
         norm = torch.linalg.vector_norm(torch.stack(norms))
         if not last:
             return Scaled(e, reciprocal(norm))
-        e = divide_by_norm(e, norm, in_place=True)
+        e = divide_by_norm(e, norm)
         for part in parts_of(weights):
             torch._foreach_mul_(e[part], self.units(weights[part]))
         return e

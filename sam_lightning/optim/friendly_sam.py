@@ -9,7 +9,7 @@ from torch import Tensor
 from sam_lightning.optim.base import SharpnessAware
 from sam_lightning.optim.parameter_groups import BaseOptimizer, Params, check_radius
 from sam_lightning.tensors.norms import global_norm, reciprocal
-from sam_lightning.tensors.vectors import Scaled, add_
+from sam_lightning.tensors.vectors import Scaled, add_, multiply_
 
 
 class FriendlySAM(SharpnessAware):
@@ -80,5 +80,5 @@ class FriendlySAM(SharpnessAware):
     def remember(self, memory: list[Tensor], first: list[Tensor]) -> None:
         """Renews m."""
         torch._foreach_mul_(memory, self.lmbda)
-        torch._foreach_div_(first, self.loss_scale)
+        multiply_(first, 1 / self.loss_scale)
         torch._foreach_add_(memory, first, alpha=1 - self.lmbda)

@@ -3,13 +3,12 @@
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from sam_lightning.optim.base import SharpnessAware
 from sam_lightning.optim.parameter_groups import BaseOptimizer, Params, check_radius
 from sam_lightning.tensors.norms import global_norm, reciprocal
-from sam_lightning.tensors.vectors import Scaled, add_, inner_product
+from sam_lightning.tensors.vectors import Scaled, add_, inner_product, multiply_
 
 
 class GSAM(SharpnessAware):
@@ -72,5 +71,5 @@ class GSAM(SharpnessAware):
             return
         inverse = reciprocal(global_norm(grads))
         along = inner_product(first, grads) * inverse * inverse
-        torch._foreach_mul_(grads, 1 + self.alpha * along)
+        multiply_(grads, 1 + self.alpha * along)
         add_(grads, first, -self.alpha)

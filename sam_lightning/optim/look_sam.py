@@ -9,8 +9,8 @@ from torch import Tensor
 from sam_lightning.optim.base import SharpnessAware
 from sam_lightning.optim.parameter_groups import BaseOptimizer, Params, check_radius
 from sam_lightning.tensors.copies import copy
-from sam_lightning.tensors.norms import divide_by_norm, global_norm, reciprocal
-from sam_lightning.tensors.vectors import Scaled, add_, inner_product
+from sam_lightning.tensors.norms import global_norm, reciprocal
+from sam_lightning.tensors.vectors import Scaled, add_, divide_by_norm, inner_product, multiply_
 
 
 class LookSAM(SharpnessAware):
@@ -78,9 +78,9 @@ class LookSAM(SharpnessAware):
         """Turns `first` into the unit vector of g_v; in a step without it adds the last one's to `grads`."""
         if first is not None:
             inverse = reciprocal(global_norm(first))
-            torch._foreach_mul_(first, -(inner_product(grads, first) * inverse * inverse))
+            multiply_(first, -(inner_product(grads, first) * inverse * inverse))
             torch._foreach_add_(first, grads)
-            first[:] = divide_by_norm(first, global_norm(first), in_place=True)
+            first[:] = divide_by_norm(first, global_norm(first))
         elif self.alpha > 0 and any(self.radius(group) > 0 for group in self.param_groups):
             known = [(w, g) for w, g in zip(weights, grads, strict=True) if self.memory in self.state.get(w, {})]
             direction = Scaled(self.recall([w for w, _ in known]), global_norm(grads))

@@ -9,7 +9,7 @@ from torch import Tensor
 from sam_lightning.optim.base import SharpnessAware
 from sam_lightning.optim.parameter_groups import BaseOptimizer, Params
 from sam_lightning.tensors.norms import global_norm, reciprocal
-from sam_lightning.tensors.vectors import Scaled, add_
+from sam_lightning.tensors.vectors import Scaled, add_, multiply_
 
 
 class VaSSO(SharpnessAware):
@@ -75,5 +75,5 @@ class VaSSO(SharpnessAware):
     def remember(self, memory: list[Tensor], first: list[Tensor]) -> None:
         """Renews d."""
         torch._foreach_mul_(memory, 1 - self.theta)
-        torch._foreach_div_(first, self.loss_scale)
+        multiply_(first, 1 / self.loss_scale)
         torch._foreach_add_(memory, first, alpha=self.theta)

@@ -12,7 +12,7 @@ from sam_lightning.sharpness.adaptive import Adaptive
 from sam_lightning.sharpness.objective import Loss, Objective, mean_over_parts, objective_of
 from sam_lightning.sharpness.preserved_state import BatchNorm
 from sam_lightning.tensors import global_norm
-from sam_lightning.tensors.norms import divide_by_norm
+from sam_lightning.tensors.vectors import divide_by_norm
 
 
 def worst_case_sharpness(

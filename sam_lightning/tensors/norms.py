@@ -1,4 +1,4 @@
-"""Norms over many tensors together, and division by them."""
+"""Norms over many tensors together."""
 
 import math
 
@@ -64,30 +64,6 @@ def reciprocal(norm: Tensor) -> Tensor | float:
         return 1 / length if 0 < length < math.inf else 0.0
     inverse = 1 / norm
     return torch.where(inverse.isfinite() & norm.isfinite(), inverse, 0.0)
-
-
-def divide_by_norm(vectors: list[Tensor], norm: Tensor, in_place: bool = False) -> list[Tensor]:
-    """Each vector divided by `norm`; zeros if `norm` is 0 or not finite.
-
-    With `in_place` in the memory of `vectors`, which are then of no more use, where torch can do so.
-    """
-    factor = reciprocal(norm)
-    if isinstance(factor, float) and factor == 0:
-        return [torch.zeros_like(vector) for vector in vectors]
-    # In place a number is first rounded to the vectors' type, and may be beyond it.
-    if in_place and (isinstance(factor, Tensor) or factor <= torch.finfo(torch.float16).max):
-        torch._foreach_mul_(vectors, factor)
-    else:
-        vectors = list(torch._foreach_mul(vectors, factor))
-    if isinstance(factor, Tensor):
-        without_nan_(vectors)
-    return vectors
-
-
-def without_nan_(vectors: list[Tensor]) -> None:
-    """Puts 0 where a vector is not finite: 0 * inf is NaN."""
-    for vector in vectors:
-        vector.nan_to_num_(0.0, 0.0, 0.0)
 
 
 def _is_on_host(tensor: Tensor) -> bool:

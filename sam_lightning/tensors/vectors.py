@@ -7,7 +7,7 @@ from typing import overload
 import torch
 from torch import Tensor
 
-from sam_lightning.tensors.norms import without_nan_
+from sam_lightning.tensors.norms import reciprocal
 from sam_lightning.tensors.shards import are_sharded, whole
 
 _PART = 2**20  # entries
@@ -85,8 +85,40 @@ def add_(targets: list[Tensor], vectors: Sequence[Tensor], factor: float) -> Non
             scaled = [v * scale.to(v.device) for v in vectors]
         else:
             scaled = list(torch._foreach_mul(vectors, scale))
-        without_nan_(scaled)
+        _without_nan_(scaled)
         torch._foreach_add_(targets, scaled)
+
+
+@torch.no_grad()
+def multiply_(tensors: list[Tensor], factor: Tensor | float) -> None:
+    """Tensors *= factor, which may lie on another device than some of them."""
+    if isinstance(factor, Tensor) and any(t.device != factor.device for t in tensors):
+        for tensor in tensors:
+            tensor.mul_(factor.to(tensor.device))
+    else:
+        torch._foreach_mul_(tensors, factor)
+
+
+@torch.no_grad()
+def divide_by_norm(vectors: list[Tensor], norm: Tensor) -> list[Tensor]:
+    """Each vector divided by `norm`, where torch can do so in its own memory; zeros if `norm` is 0 or not finite."""
+    factor = reciprocal(norm)
+    if isinstance(factor, Tensor):
+        multiply_(vectors, factor)
+        _without_nan_(vectors)
+        return vectors
+    if factor == 0:
+        return [torch.zeros_like(vector) for vector in vectors]
+    if factor > torch.finfo(torch.float16).max:  # in place it is first rounded to the vectors' type
+        return list(torch._foreach_mul(vectors, factor))
+    multiply_(vectors, factor)
+    return vectors
+
+
+def _without_nan_(vectors: list[Tensor]) -> None:
+    """Puts 0 where a vector is not finite: 0 * inf is NaN."""
+    for vector in vectors:
+        vector.nan_to_num_(0.0, 0.0, 0.0)
 
 
 def _alike(tensors: list[Tensor]) -> bool:

@@ -28,7 +28,8 @@ def refuse_diverged(weights: Iterable[Tensor], epoch: int, step: int) -> None:
     """
     numbers = [weight.detach() for weight in weights if weight.is_floating_point() or weight.is_complex()]
     parts = [part for part in local_parts(numbers) if part.numel()]
-    largest = [norm.float() for norm in torch._foreach_norm(parts, math.inf)]  # a sum of squares may overflow
+    norms = torch._foreach_norm(parts, math.inf)  # a sum of squares may overflow
+    largest = [norm.to(parts[0].device, torch.float32) for norm in norms]
     is_finite = torch.stack(largest).isfinite().all() if parts else torch.tensor(True)
     if any(hasattr(number, "to_local") for number in numbers):  # each process has looked at its own shards
         flag = is_finite.float().to(numbers[0].device)

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from sam_lightning.tensors.vectors import Scaled, add_, inner_product, parts_of
+from sam_lightning.tensors import norms
+from sam_lightning.tensors.vectors import Scaled, add_, divide_by_norm, inner_product, parts_of
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.complex64)
 
@@ -85,3 +86,24 @@ def test_parts_cover_a_list_in_order(sizes):
     together = [t for part in parts for t in tensors[part]]
     assert all(a is b for a, b in zip(together, tensors, strict=True))
     assert all(sum(t.numel() for t in tensors[part][:-1]) <= 2**20 for part in parts)
+
+
+@pytest.mark.parametrize("on_host", [True, False])  # else the branch that never reads from the device
+@pytest.mark.parametrize("bad", [None, math.inf, -math.inf, math.nan])
+def test_division_by_the_norm(monkeypatch, on_host, bad):
+    monkeypatch.setattr(norms, "_is_on_host", lambda tensor: on_host)
+    vectors = [torch.tensor([3.0, 0.0]), torch.tensor([[4.0]])]
+    if bad is not None:
+        vectors[0][1] = bad
+    unit = divide_by_norm(vectors, norms.global_norm(vectors))
+    if bad is None:
+        assert all(a is b for a, b in zip(unit, vectors, strict=True))
+    expected = [0.6, 0.0, 0.8] if bad is None else [0.0, 0.0, 0.0]
+    assert torch.cat([u.flatten() for u in unit]).tolist() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("on_host", [True, False])
+def test_zero_gives_zero(monkeypatch, on_host):
+    monkeypatch.setattr(norms, "_is_on_host", lambda tensor: on_host)
+    zeros = [torch.zeros(3)]
+    assert divide_by_norm(zeros, norms.global_norm(zeros))[0].tolist() == [0.0] * 3
