@@ -5,9 +5,9 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from study_tables import STUDIES
 
-from sam_lightning.studies.report import outcomes, summary
 from sam_lightning.studies.results import read
 from sam_lightning.studies.spec import load
+from sam_lightning.studies.statistics import outcomes, summary
 
 
 def accuracy_and_cost(folder: Path) -> Figure:

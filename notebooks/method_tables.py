@@ -6,10 +6,10 @@ from dataclasses import replace
 import pandas as pd
 from study_tables import HERE, STUDIES, conditions, spread
 
-from sam_lightning.studies import sharpness
-from sam_lightning.studies.report import differences, outcomes, summary, validated
+from sam_lightning.studies import sharpness_statistics
 from sam_lightning.studies.results import Results, read
 from sam_lightning.studies.spec import Study, load
+from sam_lightning.studies.statistics import differences, outcomes, summary, validated
 
 FOLDER = HERE / "results/methods"
 RHO = "model.optimizer.rho"
@@ -73,7 +73,7 @@ def our_table(study: Study, results: Results) -> str:
     full, cut = (summary(study, outcomes(results, at)).set_index("cell") for at in (False, True))
     cost = results.runs.groupby("cell").gradients_per_step.mean()
     times, copies = measured_steps()
-    sharp = sharpness.summary(results.sharpness, list(full.index)).set_index(["measure", "cell"])
+    sharp = sharpness_statistics.summary(results.sharpness, list(full.index)).set_index(["measure", "cell"])
     rows = []
     for arm, row in full.iterrows():
         half, eigenvalue = cut.loc[arm], sharp.loc[("largest_eigenvalue", arm)]
@@ -156,7 +156,7 @@ def findings(study: Study, results: Results) -> list[str]:
         where = "at equal compute" if equal_compute else "at the last epoch"
         said = [f"{side}: {', '.join(arms)}" for side, arms in found.items() if arms]
         sentences.append(f"**Beside {baseline}, {where}** (points): {'; '.join(said)}.")
-    ranks = sharpness.correlations(results.sharpness, results.runs)
+    ranks = sharpness_statistics.correlations(results.sharpness, results.runs)
     flat = ranks[ranks.high < 0].measure.str.replace("_", " ")
     sharp = ranks[ranks.low > 0].measure.str.replace("_", " ")
     sentences.append(

@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pandas as pd
 
-from sam_lightning.studies import sharpness
+from sam_lightning.studies import sharpness_statistics
 from sam_lightning.studies.conclusions import conclusions
-from sam_lightning.studies.report import differences, outcomes, published, summary
 from sam_lightning.studies.results import read
 from sam_lightning.studies.spec import load
+from sam_lightning.studies.statistics import differences, outcomes, published, summary
 
 HERE = Path(__file__).resolve().parent
 STUDIES = HERE.parent / "configs/studies"
@@ -109,13 +109,13 @@ def conditions(runs: pd.DataFrame) -> str:
 def sharpness_section() -> str:
     """Sharpness by arm, and what it says of accuracy."""
     results = read(HERE / "results/sharpness")
-    numbers = sharpness.summary(results.sharpness, list(results.runs.cell.unique()))
-    ranks = sharpness.correlations(results.sharpness, results.runs)
+    numbers = sharpness_statistics.summary(results.sharpness, list(results.runs.cell.unique()))
+    ranks = sharpness_statistics.correlations(results.sharpness, results.runs)
     tied = ranks[(ranks.low > 0) | (ranks.high < 0)].measure
     about = (
         "At the end of training, mean ± standard deviation over seeds. Spearman's rank correlation with the test "
         f"accuracy of these {len(results.runs)} runs has a 95 % interval without 0 for {len(tied)} of {len(ranks)} "
         f"measures ({ranks.correlation.min():+.2f} to {ranks.correlation.max():+.2f})."
     )
-    table = sharpness.as_text(numbers).to_markdown(index=False, disable_numparse=True)
+    table = sharpness_statistics.as_text(numbers).to_markdown(index=False, disable_numparse=True)
     return "\n".join([table, "", f"{about} {conditions(results.runs.assign(study='digits'))}."])

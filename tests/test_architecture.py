@@ -58,14 +58,14 @@ def test_a_room_says_what_it_is_for_and_only_hands_names_on(room):
     assert all(isinstance(node, ast.Expr | ast.ImportFrom | ast.Assign) for node in tree.body)
 
 
-@pytest.mark.parametrize("module", ["", ".studies.command", ".studies.spec", ".studies.report", ".studies.figures"])
+@pytest.mark.parametrize("module", ["", ".studies.command", ".studies.spec", ".studies.statistics", ".studies.figures"])
 def test_what_needs_no_lightning_imports_none(module):
     heavy = ("lightning", "torchvision", "torchmetrics")
     code = f"import sys, sam_lightning{module}; print([m for m in {heavy} if m in sys.modules])"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
 
 
-@pytest.mark.parametrize("name", ["spec", "report", "tables", "conclusions", "figures"])
+@pytest.mark.parametrize("name", ["spec", "statistics", "tables", "conclusions", "figures"])
 def test_tables_and_figures_know_no_torch(name):
     assert not {imported.partition(".")[0] for imported in imports(PACKAGE / f"studies/{name}.py")} & {
         "torch",

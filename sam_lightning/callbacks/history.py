@@ -6,7 +6,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from sam_lightning.callbacks.validated import ValidationMetrics
+from sam_lightning.callbacks.validation_metrics import ValidationMetrics
 from sam_lightning.training import SharpnessAwareTraining
 
 LOSS = "train/loss_epoch"

@@ -11,7 +11,7 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from torch.utils.tensorboard.summary import hparams
 
 from sam_lightning.callbacks.tensorboard import tensorboards
-from sam_lightning.callbacks.validated import ValidationMetrics
+from sam_lightning.callbacks.validation_metrics import ValidationMetrics
 from sam_lightning.optim import SharpnessAware
 from sam_lightning.runs.settings import flatten
 

@@ -15,18 +15,18 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from sam_lightning.callbacks import EpochHistory, HyperparameterPage, LastCheckpoint, RandomStates
-from sam_lightning.cli.measuring import MeasuringTrainer
-from sam_lightning.cli.memory import keep_freed_memory
+from sam_lightning.cli.config_objects import refuse_objects, without_partials
+from sam_lightning.cli.malloc import keep_freed_memory
 from sam_lightning.cli.messages import SettingsError, explain, first_cause, is_from_users_code
-from sam_lightning.cli.objects import refuse_objects, without_partials
 from sam_lightning.cli.outcome import print_outcome, save_predictions, say_how_to_go_on
 from sam_lightning.cli.parsing import parse
 from sam_lightning.cli.run_files import RunFiles, compare_with_checkpoint
+from sam_lightning.cli.sharpness import MeasuringTrainer
 from sam_lightning.models import ImageClassifier  # noqa: F401  # so that --model ImageClassifier is found
 from sam_lightning.runs.checkpoint_io import AtomicCheckpointIO
 from sam_lightning.runs.configs import with_packaged_files
 from sam_lightning.runs.directory import CHECKPOINTS, find_checkpoint, run_name, with_run_config
-from sam_lightning.runs.fresh_start import replaceable
+from sam_lightning.runs.overwrite import replaceable
 from sam_lightning.runs.settings import hparams_of
 from sam_lightning.training import SharpnessAwareModule
 from sam_lightning.training.methods import trains_plainly

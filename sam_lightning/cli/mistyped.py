@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from jsonargparse import ArgumentParser
 
-from sam_lightning.cli.sources import Typed, typed, unreadable_file
+from sam_lightning.cli.setting_sources import Typed, typed, unreadable_file
 from sam_lightning.runs.configs import ENDINGS, no_such_file
 from sam_lightning.runs.suggest import did_you_mean
 

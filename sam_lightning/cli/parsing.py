@@ -6,7 +6,7 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 from sam_lightning.cli.messages import SettingsError
 from sam_lightning.cli.mistyped import what_is_mistyped
-from sam_lightning.cli.sources import with_contents
+from sam_lightning.cli.setting_sources import with_contents
 
 
 def parse(parser: ArgumentParser, words: Sequence[str], commands: Mapping[str, ArgumentParser]) -> Namespace:

@@ -8,7 +8,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from sam_lightning.runs.directory import CONFIG, CheckpointError, read_checkpoint, write_config
-from sam_lightning.runs.fresh_start import remove_replaced, set_aside
+from sam_lightning.runs.overwrite import remove_replaced, set_aside
 from sam_lightning.runs.settings import as_text, differences_to_checkpoint
 
 

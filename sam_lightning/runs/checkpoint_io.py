@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
 
+from sam_lightning.runs.atomic_files import replacing
 from sam_lightning.runs.directory import CheckpointError
-from sam_lightning.runs.files import replacing
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):

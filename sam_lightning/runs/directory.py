@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from sam_lightning.runs.files import replacing
+from sam_lightning.runs.atomic_files import replacing
 
 CONFIG = "config.yaml"
 CHECKPOINTS = "checkpoints"

@@ -6,7 +6,7 @@ from typing import Any
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from sam_lightning.runs.files import replacing
+from sam_lightning.runs.atomic_files import replacing
 
 STYLE: Any = {
     "font.size": 9,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from sam_lightning.runs.files import replacing
+from sam_lightning.runs.atomic_files import replacing
 from sam_lightning.sharpness.objective import Loss, objective_of
 from sam_lightning.sharpness.preserved_state import BatchNorm
 

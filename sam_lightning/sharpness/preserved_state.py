@@ -1,4 +1,4 @@
-"""Measuring leaves no trace: what is changed to measure a network is restored."""
+"""SharpnessSpec leaves no trace: what is changed to measure a network is restored."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager

@@ -33,7 +33,7 @@ def main(args: Sequence[str]) -> int:
         study = load(options.study, overrides)
         # What is imported only now takes a second, which a mistyped command need not wait for.
         if options.command == "report":
-            from sam_lightning.studies.publish import publish
+            from sam_lightning.studies.report import publish
 
             publish(study, options.root, options.results, options.output)
             return 0

@@ -4,9 +4,9 @@ from typing import Any
 
 import pandas as pd
 
-from sam_lightning.studies.report import differences, is_tested_every_epoch, outcomes
 from sam_lightning.studies.results import Results
 from sam_lightning.studies.spec import Study
+from sam_lightning.studies.statistics import differences, is_tested_every_epoch, outcomes
 
 
 def conclusions(study: Study, results: Results) -> list[str]:

@@ -23,11 +23,11 @@ import sam_lightning
 from sam_lightning.callbacks import EpochHistory, WeightHistograms
 from sam_lightning.callbacks.sharpness_monitor import SharpnessMonitor
 from sam_lightning.cli import CLI, main
+from sam_lightning.runs.atomic_files import replacing
 from sam_lightning.runs.directory import read_checkpoint
-from sam_lightning.runs.files import replacing
-from sam_lightning.runs.fresh_start import has_checkpoints
-from sam_lightning.studies.measuring import Measuring
+from sam_lightning.runs.overwrite import has_checkpoints
 from sam_lightning.studies.runs import RESULT, WEIGHTS
+from sam_lightning.studies.sharpness_spec import SharpnessSpec
 
 C = TypeVar("C", bound=Callback)
 # A log has no use for a bar.
@@ -35,7 +35,7 @@ _QUIET = ["--trainer.enable_progress_bar", "false", "--trainer.enable_model_summ
 
 
 def execute(
-    words: Sequence[str], directory: Path, callbacks: Iterable[Callback] = (), sharpness: Measuring | None = None
+    words: Sequence[str], directory: Path, callbacks: Iterable[Callback] = (), sharpness: SharpnessSpec | None = None
 ) -> None:
     """Trains what is missing of a run, tests it, measures it, and writes its result.
 

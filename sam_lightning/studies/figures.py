@@ -11,10 +11,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, NullLocator
 
 from sam_lightning.runs.figure_files import STYLE
-from sam_lightning.studies.report import is_tested_every_epoch, validated
 from sam_lightning.studies.results import Results
-from sam_lightning.studies.sharpness import correlations
+from sam_lightning.studies.sharpness_statistics import correlations
 from sam_lightning.studies.spec import Cell, Study, short
+from sam_lightning.studies.statistics import is_tested_every_epoch, validated
 
 Point: TypeAlias = tuple[tuple[str, Any], ...]  # of a grid
 

@@ -10,10 +10,10 @@ from contextlib import suppress
 from pathlib import Path
 
 from sam_lightning.studies.devices import environments
-from sam_lightning.studies.pool import Pool, last_lines
 from sam_lightning.studies.progress import Display
 from sam_lightning.studies.runs import LOG, Run, directory_of, runs_of, select
 from sam_lightning.studies.spec import Study, StudyError
+from sam_lightning.studies.worker_pool import Pool, last_lines
 
 
 def launch(study: Study, options: argparse.Namespace) -> int:
@@ -45,7 +45,7 @@ def launch(study: Study, options: argparse.Namespace) -> int:
         print(f"\ninterrupted: {done} of {len(runs)} runs are done; the same command goes on.", file=sys.stderr)
         return 130
     if len(failed) < len(runs):
-        from sam_lightning.studies.publish import publish  # a second, which a dry run need not spend
+        from sam_lightning.studies.report import publish  # a second, which a dry run need not spend
 
         publish(study, options.root)
     for run in failed:

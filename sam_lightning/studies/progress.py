@@ -6,8 +6,8 @@ from time import monotonic
 
 from tqdm import tqdm
 
-from sam_lightning.studies.pool import Event
 from sam_lightning.studies.runs import Run
+from sam_lightning.studies.worker_pool import Event
 
 
 class Display:

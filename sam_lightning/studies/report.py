@@ -1,129 +1,113 @@
-"""The numbers of a study: means over seeds, differences seed by seed, and the published numbers beside them."""
+"""Writes a study's tables and figures, and says what came out."""
 
-import math
-from typing import Any
+from pathlib import Path
 
-import numpy as np
 import pandas as pd
-from scipy.stats import t as student
+from matplotlib.figure import Figure
+from torch.utils.tensorboard import SummaryWriter
 
-from sam_lightning.studies.results import Results
-from sam_lightning.studies.spec import Cell, Study
+from sam_lightning.runs.atomic_files import replacing
+from sam_lightning.runs.figure_files import save
+from sam_lightning.studies import results as stored
+from sam_lightning.studies.conclusions import conclusions
+from sam_lightning.studies.figures import draw
+from sam_lightning.studies.results import Results, missing
+from sam_lightning.studies.runs import directory_of
+from sam_lightning.studies.spec import Study, StudyError
+from sam_lightning.studies.tables import tables
 
-COVERAGE = 0.95
-_METRICS = ("best", "last", "train_loss")
 
-
-def outcomes(results: Results, equal_compute: bool) -> pd.DataFrame:
-    """A row per run: `cell`, `seed`, `epochs`, `best`, `last`, `train_loss`.
-
-    At full length, `best` and `last` are test accuracies. At equal compute every run is cut to the number of epochs
-    that costs as many gradients as the cheapest run of all: SAM, with two gradients a step, to its first half; a run
-    with a fraction of a gradient more per step to the last whole epoch before; one that perturbs late only by what it
-    has cost until then. Then `best` and `last` are accuracies on the set that was evaluated after every epoch; learning
-    rate schedules are cut, not shortened.
+def publish(study: Study, root: Path, source: Path | None = None, output: Path | None = None) -> None:
+    """Writes `report.md`, tables as CSV and LaTeX, figures as PNG and PDF and for TensorBoard, and the results.
 
     Args:
-        results: The runs.
-        equal_compute: Whether to cut.
+        study: The study.
+        root: Where its runs are.
+        source: A folder with the CSV files of a report, read instead of the runs.
+        output: Where to write; by default the study's directory.
+
+    Raises:
+        StudyError: If there are no results yet.
     """
+    results = stored.read(source) if source else stored.collect(study, root)
+    absent = missing(study, results)
+    if results.runs.empty:
+        settings = "".join(f" --{key} {value}" for key, value in study.overrides.items())
+        raise StudyError(
+            f"{study.path}: none of its {len(absent)} runs in {root} is finished: study run {study.path}{settings} "
+            "(settings that runs were made with belong to their report, too)."
+        )
+    folder = output or directory_of(study, root)
+    folder.mkdir(parents=True, exist_ok=True)
+    stored.write(results, folder)
+    made, figures = tables(study, results), draw(study, results)
+    for name, (caption, numbers, text) in made.items():
+        with replacing(folder / f"{name}.csv") as draft:
+            numbers.to_csv(draft, index=False)
+        with replacing(folder / f"{name}.tex") as draft:
+            draft.write_text(_latex(text, caption))
+    for name, figure in figures.items():
+        save(figure, folder / name)
+    with replacing(folder / "report.md") as draft:
+        draft.write_text(markdown(study, results, figures))
+    _to_tensorboard(figures, folder, len(results.runs))
+    print("", *_head(study, results), *_tables(study, results), "", sep="\n\n")
+    if not source:
+        print(f"{'runs':<15}{folder / 'runs'}: log, checkpoints/ and TensorBoard's files of each")
+    print(f"{'report':<15}{folder / 'report.md'}")
+    print(f"{'figures':<15}{', '.join(str(folder / f'{name}.png') for name in figures)}")
+    print(f"{'tensorboard':<15}tensorboard --host 127.0.0.1 --logdir '{folder}'")
+    print("", *conclusions(study, results), sep="\n", flush=True)
+
+
+def markdown(study: Study, results: Results, figures: dict[str, Figure]) -> str:
+    """The report as one page."""
+    words = "\n".join(f"- {sentence}" for sentence in conclusions(study, results))
+    parts = [*_head(study, results), words, *_tables(study, results), *(f"![{name}]({name}.png)" for name in figures)]
+    return "\n\n".join(filter(None, parts)) + "\n"
+
+
+def _head(study: Study, results: Results) -> list[str]:
+    return [f"# {study.path.stem}", study.question, _status(results, missing(study, results))]
+
+
+def _tables(study: Study, results: Results) -> list[str]:
+    parts = []
+    for caption, _, text in tables(study, results).values():
+        parts += [caption, text.to_markdown(index=False, disable_numparse=True)]
+    if study.reference:
+        epochs = sorted({row["epochs"] for row in study.reference})
+        parts.append(
+            f"Published: {study.source}, after {' or '.join(map(str, epochs))} epochs; compared only with runs as long."
+        )
+    return parts
+
+
+def _status(results: Results, absent: list[str]) -> str:
+    """What is there, what is not, and under which conditions the numbers came about."""
     runs = results.runs
-    if not equal_compute:
-        return runs[["cell", "seed", "epochs", *_METRICS]]
-    gradients = runs.gradients_per_step
-    unit = math.lcm(*(int(n) for n in gradients if n == int(n)))  # whole epochs of every arm with one or two a step
-    budget = int((gradients * runs.epochs).min() + 1e-6) // unit * unit
-    epochs = results.epochs.merge(runs[["cell", "seed"]].assign(mean=gradients), on=["cell", "seed"])
-    epochs = epochs.sort_values("epoch")
-    own = epochs["gradients_per_step"] if "gradients_per_step" in epochs else epochs["mean"]  # of older results
-    spent = own.astype(float).fillna(epochs["mean"]).groupby([epochs.cell, epochs.seed]).cumsum()
-    affordable = epochs[spent <= budget + 1e-6].groupby(["cell", "seed"]).epoch.max()
-    length = runs.merge(affordable.rename("length").reset_index(), on=["cell", "seed"], how="left").length
-    return _by_epochs(results, length.fillna(0).set_axis(runs.index))
+    lines = [f"{len(runs)} of {len(runs) + len(absent)} runs, mean ± standard deviation over seeds."]
+    if absent:
+        lines.append(f"Missing: {'; '.join(absent)}.")
+    columns = ["device", "threads", "precision", "torch", "lightning", "sam_lightning", "commit"]
+    for values, group in runs.assign(commit=runs.commit.astype(object).fillna("unknown")).groupby(columns, sort=False):
+        named = dict(zip(columns, values, strict=True))
+        lines.append(
+            f"{len(group)} runs on {named['device']} ({named['threads']} threads each), {named['precision']}, "
+            f"torch {named['torch']}, lightning {named['lightning']}, sam_lightning {named['sam_lightning']} "
+            f"({named['commit']}), {group.seconds.sum() / 60:.1f} minutes of training."
+        )
+    return "\n".join(lines)
 
 
-def validated(results: Results) -> pd.DataFrame:
-    """As `outcomes` at full length, with accuracies on the set that was evaluated after every epoch."""
-    return _by_epochs(results, results.runs.epochs)
+def _latex(text: pd.DataFrame, caption: str) -> str:
+    table: str = text.to_latex(index=False, escape=True, caption=caption.replace("%", r"\%"))
+    return table.replace("±", r"$\pm$")
 
 
-def _by_epochs(results: Results, length: pd.Series) -> pd.DataFrame:
-    """Each run's first epochs, as many as `length` has for it."""
-    epochs = results.epochs.merge(results.runs[["cell", "seed"]].assign(length=length), on=["cell", "seed"])
-    epochs = epochs[epochs.epoch <= epochs.length].sort_values("epoch")
-    by_run = epochs.groupby(["cell", "seed"], sort=False)
-    return by_run.agg(
-        epochs=("epoch", "max"), best=("accuracy", "max"), last=("accuracy", "last"), train_loss=("train_loss", "last")
-    ).reset_index()
-
-
-def summary(study: Study, outcome: pd.DataFrame) -> pd.DataFrame:
-    """A row per cell: n, epochs, mean and standard deviation (n - 1) of best, last and training loss.
-
-    Accuracies are in percent. With published numbers, what they are and how far ours lie above, where both are of
-    the same number of epochs.
-    """
-    rows = []
-    for cell in study.cells():
-        of_it = outcome[outcome.cell == cell.label]
-        if of_it.empty:
-            continue
-        row: dict[str, Any] = {"cell": cell.label, "n": len(of_it), "epochs": int(of_it.epochs.min())}
-        for metric in _METRICS:
-            values = of_it[metric] * (100 if metric != "train_loss" else 1)
-            row |= {metric: values.mean(), f"{metric}_sd": values.std(ddof=1)}
-        for metric, value in published(study, cell, row["epochs"]).items():
-            row |= {f"published_{metric}": value, f"{metric}_difference": row[metric] - value}
-        rows.append(row)
-    return pd.DataFrame(rows)
-
-
-def differences(study: Study, outcome: pd.DataFrame) -> pd.DataFrame:
-    """A row per arm other than the baseline: its accuracy minus the baseline's, seed by seed, in percentage points.
-
-    Seeds that both have are compared; `low` and `high` bound the mean with 95 % confidence: mean -+ t sd / sqrt(n),
-    with t of Student's distribution with n - 1 degrees of freedom. They take the differences for normal.
-    """
-    rows = []
-    labels = {cell.label for cell in study.cells()}
-    for cell in study.cells():
-        base = next((name for point in (cell.point, ()) if (name := Cell(study.baseline, point).label) in labels), None)
-        if cell.arm == study.baseline or base is None:
-            continue
-        ours, theirs = (outcome[outcome.cell == label].sort_values("seed") for label in (cell.label, base))
-        pairs = ours.merge(theirs, on="seed", suffixes=("", "_0"))
-        for metric in ("best", "last"):
-            values = 100 * (pairs[metric] - pairs[f"{metric}_0"]).dropna()
-            n = len(values)
-            if not n:
-                continue
-            half = student.ppf((1 + COVERAGE) / 2, n - 1) * values.std(ddof=1) / np.sqrt(n) if n > 1 else np.nan
-            rows.append(
-                {
-                    "cell": cell.label,
-                    "baseline": base,
-                    "epoch": metric,
-                    "n": n,
-                    "mean": values.mean(),
-                    "low": values.mean() - half,
-                    "high": values.mean() + half,
-                    "by_seed": " ".join(
-                        f"{seed}:{v:+z.2f}" for seed, v in zip(pairs.seed[values.index], values, strict=True)
-                    ),
-                }
-            )
-    return pd.DataFrame(rows)
-
-
-def published(study: Study, cell: Cell, epochs: int) -> dict[str, float]:
-    """The published numbers of a cell after this many epochs."""
-    for row in study.reference:
-        is_it = row["arm"] == cell.arm and all(row.get(key) == value for key, value in cell.point)
-        if is_it and row["epochs"] == epochs:
-            return {metric: float(row[metric]) for metric in _METRICS if metric in row}
-    return {}
-
-
-def is_tested_every_epoch(results: Results) -> bool:
-    """Whether the test set was evaluated after every epoch, instead of a validation set."""
-    return set(results.runs.selected_on) == {"test"}
+def _to_tensorboard(figures: dict[str, Figure], folder: Path, step: int) -> None:
+    for old in folder.glob("events.out.tfevents.*"):  # each report stands for itself
+        old.unlink()
+    with SummaryWriter(str(folder)) as writer:
+        for name, figure in figures.items():
+            writer.add_figure(name, figure, global_step=step, close=False)

@@ -10,7 +10,7 @@ from typing import Any
 
 from sam_lightning.runs import configs
 from sam_lightning.runs.settings import FREE_OF_CONSEQUENCE
-from sam_lightning.studies.measuring import Measuring
+from sam_lightning.studies.sharpness_spec import SharpnessSpec
 from sam_lightning.studies.spec import FOLDER, Cell, Study, StudyError, read_yaml, short, word_of
 
 # What the directory of a finished run holds besides what `fit` writes.
@@ -36,7 +36,7 @@ class Run:
     seed: int
     words: tuple[str, ...]
     name: str
-    sharpness: Measuring | None = None
+    sharpness: SharpnessSpec | None = None
 
     def command(self, root: Path) -> list[str]:
         """The whole command behind `sam-lightning`."""

@@ -16,11 +16,11 @@ from typing import Any
 
 import torch
 
+from sam_lightning.runs.atomic_files import replacing
 from sam_lightning.runs.extras import require
-from sam_lightning.runs.files import replacing
 from sam_lightning.studies.execute import execute, printing_into
-from sam_lightning.studies.measuring import Measuring
 from sam_lightning.studies.runs import LOG, Run, directory_of
+from sam_lightning.studies.sharpness_spec import SharpnessSpec
 from sam_lightning.studies.spec import Study, StudyError, read_yaml
 
 _JOB = "slurm.json"  # in a run's directory: the job that it was last submitted as
@@ -40,7 +40,7 @@ class RunJob:
     words: tuple[str, ...]
     directory: Path
     threads: int
-    sharpness: Measuring | None = None
+    sharpness: SharpnessSpec | None = None
 
     def __call__(self) -> None:
         """Executes the run."""

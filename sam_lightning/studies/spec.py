@@ -13,7 +13,7 @@ import yaml
 
 from sam_lightning.runs import configs
 from sam_lightning.runs.suggest import did_you_mean
-from sam_lightning.studies.measuring import Measuring
+from sam_lightning.studies.sharpness_spec import SharpnessSpec
 
 FOLDER = "studies"  # of the packaged configurations
 
@@ -79,7 +79,7 @@ class Study:
     grid: dict[str, list[Any]] = field(default_factory=dict)
     baseline: str = ""
     figures: dict[str, Literal["accuracy", "training loss", "weights", "sweep"]] = field(default_factory=dict)
-    sharpness: Measuring | None = None
+    sharpness: SharpnessSpec | None = None
     reference: list[dict[str, Any]] = field(default_factory=list)
     source: str = ""
     path: Path = Path()
@@ -151,7 +151,10 @@ def _parse(path: Path) -> Study:
     except jsonargparse.ArgumentError as error:
         raise StudyError(f"{path}: {error}") from error
     arms = {name: Arm(**arm) for name, arm in values.pop("arms").items()}
-    values |= {"baseline": values["baseline"] or next(iter(arms), ""), "sharpness": Measuring.of(values["sharpness"])}
+    values |= {
+        "baseline": values["baseline"] or next(iter(arms), ""),
+        "sharpness": SharpnessSpec.of(values["sharpness"]),
+    }
     return Study(arms=arms, **values)
 
 

@@ -3,10 +3,10 @@
 import numpy as np
 import pandas as pd
 
-from sam_lightning.studies import sharpness
-from sam_lightning.studies.report import differences, is_tested_every_epoch, outcomes, summary, validated
+from sam_lightning.studies import sharpness_statistics
 from sam_lightning.studies.results import Results
 from sam_lightning.studies.spec import Study
+from sam_lightning.studies.statistics import differences, is_tested_every_epoch, outcomes, summary, validated
 
 
 def tables(study: Study, results: Results) -> dict[str, tuple[str, pd.DataFrame, pd.DataFrame]]:
@@ -45,20 +45,20 @@ def tables(study: Study, results: Results) -> dict[str, tuple[str, pd.DataFrame,
 def _sharpness_tables(study: Study, results: Results) -> dict[str, tuple[str, pd.DataFrame, pd.DataFrame]]:
     if results.sharpness.empty:
         return {}
-    numbers = sharpness.summary(results.sharpness, [cell.label for cell in study.cells()])
-    ranks = sharpness.correlations(results.sharpness, results.runs)
+    numbers = sharpness_statistics.summary(results.sharpness, [cell.label for cell in study.cells()])
+    ranks = sharpness_statistics.correlations(results.sharpness, results.runs)
     return {
         "sharpness-by-arm": (
             "Sharpness of the training loss at the end of training, on "
             f"{' or '.join(map(str, sorted(set(results.sharpness.samples))))} training samples.",
             numbers,
-            sharpness.as_text(numbers),
+            sharpness_statistics.as_text(numbers),
         ),
         "sharpness-accuracy": (
             "Rank correlation (Spearman) of sharpness with the test accuracy of the last epoch over all measured runs. "
             "The interval takes runs for independent, which those of one arm are not.",
             ranks,
-            sharpness.correlations_as_text(ranks),
+            sharpness_statistics.correlations_as_text(ranks),
         ),
     }
 

@@ -21,8 +21,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from sam_lightning.cli import main
 from sam_lightning.studies.execute import execute, printing_into
-from sam_lightning.studies.measuring import Measuring
 from sam_lightning.studies.runs import LOG
+from sam_lightning.studies.sharpness_spec import SharpnessSpec
 
 
 class Answers:
@@ -64,7 +64,7 @@ def serve() -> None:
         directory = Path(request["directory"])
         with printing_into(directory / LOG):
             try:
-                execute(request["words"], directory, [Progress(answers)], Measuring.of(request["sharpness"]))
+                execute(request["words"], directory, [Progress(answers)], SharpnessSpec.of(request["sharpness"]))
             except SystemExit as error:  # the command line's own words, printed already unless they are the code
                 if isinstance(error.code, str):
                     print(error.code, file=sys.stderr)

@@ -9,12 +9,12 @@ from sam_lightning.optim import RadiusSchedule, SharpnessAware
 from sam_lightning.optim.radius_schedules import end_schedule, follow_schedule
 from sam_lightning.replay import Replay
 from sam_lightning.training.divergence import refuse_diverged
-from sam_lightning.training.logs import StepLogs
+from sam_lightning.training.lightning_packages import of_both_packages
 from sam_lightning.training.methods import Method, make_sharp, maker_of, refuse_own_steps, trained_weights
 from sam_lightning.training.micro_batches import common_length
-from sam_lightning.training.packages import of_both_packages
 from sam_lightning.training.resume import go_on_with_the_next_epoch, tell_of_other_radii
 from sam_lightning.training.sharp_step import SharpStep
+from sam_lightning.training.step_logs import StepLogs
 from sam_lightning.training.step_metrics import StepMetrics
 from sam_lightning.training.strategies import data_parallel_size, refuse_options, refuse_strategy
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from sam_lightning.replay.batch_copies import rebuilt
 from sam_lightning.replay.module_state import ModuleState
 from sam_lightning.replay.random_states import random_states, set_random_states
-from sam_lightning.training.logs import StepLogs
+from sam_lightning.training.step_logs import StepLogs
 
 
 @contextmanager

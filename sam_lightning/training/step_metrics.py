@@ -5,7 +5,7 @@ from typing import Any
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
-from sam_lightning.training.logs import StepLogs
+from sam_lightning.training.step_logs import StepLogs
 from sam_lightning.training.step_result import StepResult
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from alternating import THREADS, clock, conditions
 
-from sam_lightning.cli.memory import keep_freed_memory
+from sam_lightning.cli.malloc import keep_freed_memory
 
 
 @pytest.fixture

@@ -31,7 +31,7 @@ import sys, torch
 from functools import partial
 from pathlib import Path
 from sam_lightning import SAM
-from sam_lightning.cli.memory import keep_freed_memory
+from sam_lightning.cli.malloc import keep_freed_memory
 from sam_lightning.models import resnet18
 keep_freed_memory()
 device = sys.argv[2]

@@ -11,7 +11,7 @@ import ctypes, resource, sys, torch
 # By default glibc moves this threshold to what was freed last; whether it then trims hangs on where small blocks lie.
 assert ctypes.CDLL(None).mallopt(-3, 2**17)  # M_MMAP_THRESHOLD, where it begins
 if "keep" in sys.argv:
-    from sam_lightning.cli.memory import keep_freed_memory
+    from sam_lightning.cli.malloc import keep_freed_memory
     assert keep_freed_memory()
 def allocate():
     held = [torch.ones(2**18 * n) for n in range(1, 9)]  # 1 to 8 MiB

@@ -15,9 +15,9 @@ import torch
 from killing import PLAN
 from launch import ROOT, environment
 from sam_lightning.runs.directory import read_checkpoint
-from sam_lightning.studies.pool import Worker
 from sam_lightning.studies.runs import LOG, RESULT, runs_of
 from sam_lightning.studies.spec import load
+from sam_lightning.studies.worker_pool import Worker
 from study_files import SMALL, written
 
 EPOCHS = 8

@@ -11,7 +11,7 @@ from sam_lightning.studies.command import main
 from sam_lightning.studies.figures import draw
 from sam_lightning.studies.results import collect, read, write
 from sam_lightning.studies.runs import RESULT, runs_of
-from sam_lightning.studies.sharpness import correlations, summary
+from sam_lightning.studies.sharpness_statistics import correlations, summary
 from sam_lightning.studies.spec import StudyError, load
 from sam_lightning.studies.tables import tables
 from study_files import ROOT, finished, written

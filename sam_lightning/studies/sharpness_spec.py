@@ -14,7 +14,7 @@ _MONITOR = "sam_lightning.callbacks.sharpness_monitor.SharpnessMonitor"
 
 
 @dataclass(frozen=True)
-class Measuring:
+class SharpnessSpec:
     """What is measured of every run: at its end by the command `sharpness`, and during training by a callback.
 
     Args:
@@ -28,7 +28,7 @@ class Measuring:
     settings: Settings = field(default_factory=Settings)
 
     @classmethod
-    def of(cls, values: dict[str, Any] | None) -> "Measuring | None":
+    def of(cls, values: dict[str, Any] | None) -> "SharpnessSpec | None":
         """From what `dataclasses.asdict` makes of one."""
         return None if values is None else cls(**{**values, "settings": Settings(**values["settings"])})
 

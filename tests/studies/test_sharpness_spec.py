@@ -9,9 +9,9 @@ from sam_lightning.sharpness import Settings
 from sam_lightning.studies import execute as executing
 from sam_lightning.studies.execute import execute
 from sam_lightning.studies.figures import draw
-from sam_lightning.studies.measuring import SHARPNESS, Measuring
 from sam_lightning.studies.results import collect, read, write
 from sam_lightning.studies.runs import RESULT, runs_of
+from sam_lightning.studies.sharpness_spec import SHARPNESS, SharpnessSpec
 from sam_lightning.studies.spec import StudyError, load
 from study_files import ROOT, finished, written
 
@@ -121,4 +121,4 @@ def test_a_study_without_the_key_measures_nothing(tmp_path):
     run = run_of(load(str(written(tmp_path, arms=ARMS, seeds=[1]))))
     assert run.sharpness is None
     assert run.words == run_of(load(str(written(tmp_path, arms=ARMS, seeds=[1], sharpness=CHEAP)))).words
-    assert run_of(load(str(written(tmp_path, arms=ARMS, seeds=[1], sharpness={})))).sharpness == Measuring()
+    assert run_of(load(str(written(tmp_path, arms=ARMS, seeds=[1], sharpness={})))).sharpness == SharpnessSpec()

@@ -1,4 +1,4 @@
-"""What a finished run is measured by: the trainer's commands `sharpness` and `landscape`."""
+"""The commands `sharpness` and `landscape`, as methods of the trainer."""
 
 import json
 import math
@@ -11,9 +11,9 @@ import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 
 from sam_lightning.callbacks.sharpness_monitor import measure_module
+from sam_lightning.runs.atomic_files import replacing
 from sam_lightning.runs.directory import find_checkpoint, read_checkpoint
 from sam_lightning.runs.extras import require
-from sam_lightning.runs.files import replacing
 from sam_lightning.sharpness import Settings
 from sam_lightning.sharpness.batches import samples_in
 from sam_lightning.training.measured_loss import measured_loss
