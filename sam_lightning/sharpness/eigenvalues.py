@@ -35,7 +35,7 @@ def largest_eigenvalues(
         count: How many, from 1 to P.
         scale: Adaptive, or plain if None.
         m: Samples per part, for the mean of each eigenvalue over parts; `None`: the whole data.
-        batch_norm: What normalisation layers use, see `undisturbed`.
+        batch_norm: What normalisation layers use, see `preserved_state`.
         tolerance: The iteration ends when an eigenvalue lies within this share of each value, in (0, 1).
         seed: Seed of the iteration's start.
 

@@ -1,4 +1,4 @@
-"""SharpnessSpec leaves no trace: what is changed to measure a network is restored."""
+"""Measuring leaves no trace: what is changed to measure a network is restored."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager

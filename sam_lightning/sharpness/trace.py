@@ -34,7 +34,7 @@ def hessian_trace(
         batches: The data of this process.
         draws: Number of v, at least 2.
         scale: Adaptive, or plain if None.
-        batch_norm: What normalisation layers use, see `undisturbed`.
+        batch_norm: What normalisation layers use, see `preserved_state`.
         seed: Seed of v.
 
     Returns:

@@ -151,10 +151,8 @@ def _parse(path: Path) -> Study:
     except jsonargparse.ArgumentError as error:
         raise StudyError(f"{path}: {error}") from error
     arms = {name: Arm(**arm) for name, arm in values.pop("arms").items()}
-    values |= {
-        "baseline": values["baseline"] or next(iter(arms), ""),
-        "sharpness": SharpnessSpec.of(values["sharpness"]),
-    }
+    values["baseline"] = values["baseline"] or next(iter(arms), "")
+    values["sharpness"] = SharpnessSpec.of(values["sharpness"])
     return Study(arms=arms, **values)
 
 

@@ -3,10 +3,9 @@
 from typing import Any, TypeAlias
 
 import torch
-from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
-from sam_lightning.replay.batch_copies import tensors_in
+from sam_lightning.replay.batch_copies import rebuilt, tensors_in
 
 MicroBatch: TypeAlias = tuple[Any, float]  # a part of the batch, and its share of the samples
 
@@ -15,8 +14,8 @@ def split_batch(batch: Any, count: int, module: nn.Module | None = None) -> list
     """Cuts every tensor of `batch` along its first dimension into `count` parts, as equal as they can be.
 
     Args:
-        batch: Tensors of equal length in tuples, lists, dictionaries or dataclasses; whatever else is in
-            there goes to every part as it is.
+        batch: Tensors of equal length in tuples, lists, dictionaries, dataclasses or other objects; whatever else is
+            in there goes to every part as it is.
         count: Number of parts; fewer if the batch has fewer samples.
         module: Cuts the batch itself if it has a method `split_batch(batch, count)`, which returns such a list as this
             function does. Needed for batches of other kinds, such as lists of samples.
@@ -49,10 +48,10 @@ def split_batch(batch: Any, count: int, module: nn.Module | None = None) -> list
         )
     count = min(count, lengths[0])
 
-    def part(tensor: Tensor, i: int) -> Tensor:
-        return torch.tensor_split(tensor, count)[i] if tensor.ndim else tensor
+    def part(i: int) -> Any:
+        return rebuilt(batch, lambda tensor: torch.tensor_split(tensor, count)[i] if tensor.ndim else tensor)
 
-    cut = [apply_to_collection(batch, Tensor, part, i) for i in range(count)]
+    cut = [part(i) for i in range(count)]
     sizes = [len(chunk) for chunk in torch.empty(lengths[0]).tensor_split(count)]
     return [(micro_batch, size / lengths[0]) for micro_batch, size in zip(cut, sizes, strict=True)]
 

@@ -1,5 +1,7 @@
 """Cutting batches of any structure."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -20,6 +22,13 @@ def test_parts_and_shares(count, sizes):
     assert torch.equal(torch.cat([part["x"] for part, _ in parts]), x)
     assert torch.equal(torch.cat([part["more"][0] for part, _ in parts]), x[:, 0])
     assert all(part["more"][1:] == ["name", scalar] for part, _ in parts)
+
+
+def test_an_object_that_holds_tensors_is_cut_too():
+    batch = SimpleNamespace(x=torch.arange(4), name="a")
+    parts = split_batch(batch, 2)
+    assert [(part.x.tolist(), part.name, share) for part, share in parts] == [([0, 1], "a", 0.5), ([2, 3], "a", 0.5)]
+    assert len(batch.x) == 4
 
 
 def test_what_cannot_be_cut_is_refused():
