@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from sam_lightning.replay.mutable_values import MUTABLE, Budget, Restore, is_small, restorer
+from sam_lightning.replay.mutable_values import MUTABLE, Budget, Restore, is_constant, is_small, restorer
 
 # And what stands in for a method of a LightningModule while it trains.
 MODULE_ATTRIBUTES = frozenset(vars(nn.Module())) | {"log"}
@@ -21,7 +21,7 @@ _MACHINERY = {
 
 
 class Owner:
-    """A dictionary of attributes, and which of its values a pass may change from within.
+    """A dictionary of attributes, and which of its values a pass may change from within, as of the last look.
 
     Most modules hold the same values in every step. Those of the last look are compared by identity, which takes a
     microsecond, and are sorted anew only where one was replaced.
@@ -58,11 +58,11 @@ class Owner:
     def _sort(self) -> None:
         self._seen = dict(self.attributes)
         self.values = {key: value for key, value in self._seen.items() if key not in MODULE_ATTRIBUTES}
-        self.mutable = [value for value in self.values.values() if isinstance(value, MUTABLE)]
         self.tensors = [(key, value) for key, value in self._seen.items() if isinstance(value, Tensor)]
-        containers = [(key, value) for key, value in self.values.items() if isinstance(value, list | tuple | dict)]
-        self.containers = containers
-        self.holders = containers + [(key, value) for key, value in self.values.items() if _collects(value)]
+        others = [(key, value) for key, value in self.values.items() if not is_constant(value)]
+        self.mutable = [value for _, value in others if isinstance(value, MUTABLE)]
+        self.containers = [(key, value) for key, value in others if isinstance(value, list | tuple | dict)]
+        self.holders = self.containers + [(key, value) for key, value in others if _collects(value)]
 
     def tensors_within(self) -> Iterator[tuple[str, Tensor]]:
         """Its tensors, and large ones in its containers, with which small ones are copied."""
@@ -77,9 +77,8 @@ class Attributes:
     """The attributes of all owners at one moment, and what their mutable values hold."""
 
     def __init__(self, owners: list[Owner]) -> None:
+        """Of owners that have just been looked at."""
         budget = Budget()
-        for owner in owners:
-            owner.look()
         self._values = [(owner, owner.values) for owner in owners]
         mutable = (value for owner in owners for value in owner.mutable)
         self._restorers: list[Restore] = [restore for value in mutable if (restore := restorer(value, budget))]
@@ -99,8 +98,11 @@ class Attributes:
             restore()
 
 
-def with_prefixes(module: nn.Module, prefix: str, met: set[nn.Module]) -> Iterator[tuple[str, nn.Module]]:
+def with_prefixes(
+    module: nn.Module, prefix: str = "", met: set[nn.Module] | None = None
+) -> Iterator[tuple[str, nn.Module]]:
     """(prefix of the names, module) of all modules, each once; less general than `named_modules`, and faster."""
+    met = set() if met is None else met
     if module not in met:
         met.add(module)
         yield prefix, module

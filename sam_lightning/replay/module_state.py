@@ -13,6 +13,8 @@ from sam_lightning.replay.batch_copies import version
 from sam_lightning.replay.mutable_values import is_small
 from sam_lightning.tensors.shards import PLAIN, local_parts
 
+_SETTINGS_ONLY = ("torch.", "torchvision.")  # packages whose modules' attributes are settings
+
 
 @dataclass
 class _Tracked:
@@ -32,7 +34,7 @@ class ModuleState:
 
     State is every buffer, every parameter that is not trained, and every attribute of submodules and of plain objects
     that they hold: tensors, numbers, lists, dictionaries, arrays, generators; torchmetrics are modules like others.
-    Attributes of torch's own layers are settings, and are left alone; of sparse tensors only the object is kept. Of
+    Attributes of torch's and torchvision's own modules are settings, and are left alone; of sparse tensors only the object is kept. Of
     containers the first 10,000 elements are looked into; longer lists are taken for such that only grow.
 
     A tensor of up to 1 MiB is copied every time. Of a larger buffer one copy is kept, and renewed where the version
@@ -69,7 +71,7 @@ class ModuleState:
     @torch.no_grad()
     def take(self) -> None:
         """Notes the state before a pass."""
-        self._modules = list(with_prefixes(self._module, "", set()))
+        self._modules = list(with_prefixes(self._module))
         self._where = list(self._find_owners())
         self._owners = {id(owner.attributes): owner for owner in self._where}
         self._start = Attributes(self._where)
@@ -88,8 +90,8 @@ class ModuleState:
     @torch.no_grad()
     def rewind(self) -> None:
         """After the pass: notes the state in which it ended, and restores the one in which it began."""
-        moved = set(self._trained())  # more than before the pass if it has thawed some
-        self._tracked = [tracked for tracked in self._tracked if tracked.tensor not in moved]
+        moved = set(map(id, self._trained()))  # more than before the pass if it has thawed some
+        self._tracked = [tracked for tracked in self._tracked if id(tracked.tensor) not in moved]
         self._tracked += [_Tracked("", b, "buffer", -1, None) for b in self._lazy if not is_lazy(b)]
         changed = [tracked for tracked in self._tracked if self._has_changed(tracked)]
         for tracked, copy in zip(changed, _copies([tracked.tensor for tracked in changed]), strict=True):
@@ -98,6 +100,8 @@ class ModuleState:
             self._has_observed_a_pass = True
             buffers = {tracked.name for tracked in self._tracked if tracked.kind == "buffer"}
             self._kept = {name: kept for name, kept in self._kept.items() if name in buffers}
+        for owner in self._where:
+            owner.look()
         self._end = Attributes(self._where)
         self._start.restore()
         _copy([(t.tensor, t.start) for t in changed if t.start is not None])
@@ -167,10 +171,10 @@ class ModuleState:
                 if owner.is_buffers and not self._running_stats and is_running_statistic(key):
                     continue
                 yield owner.prefix + key, value, "buffer" if owner.is_buffers else "attribute"
-        moved = set(self._trained())
+        moved = set(map(id, self._trained()))
         for prefix, module in self._modules:
             for key, parameter in module._parameters.items():
-                if parameter is not None and parameter not in moved and _has_values(parameter):
+                if parameter is not None and id(parameter) not in moved and _has_values(parameter):
                     yield prefix + key, parameter, "parameter"
 
     def _find_owners(self) -> Iterator[Owner]:
@@ -180,9 +184,9 @@ class ModuleState:
             if isinstance(module, torch.jit.ScriptModule):
                 yield Owner(prefix, dict(module.named_buffers(recurse=False)), is_buffers=True)
                 continue
-            if module._buffers:
+            if module._buffers and (self._running_stats or not all(map(is_running_statistic, module._buffers))):
                 yield self._owner(prefix, module._buffers, is_buffers=True)
-            if type(module).__module__.startswith("torch."):
+            if type(module).__module__.startswith(_SETTINGS_ONLY):
                 continue
             owner = self._owner(prefix, vars(module))
             yield owner

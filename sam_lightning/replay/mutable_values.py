@@ -22,6 +22,11 @@ MUTABLE = (
 _IMMUTABLE = frozenset({int, float, bool, str, bytes, type(None), FunctionType, MethodType, torch.device, torch.dtype})
 
 
+def is_constant(value: Any) -> bool:
+    """Whether it is a tuple of numbers and the like, as layers have many."""
+    return type(value) is tuple and all(type(element) in _IMMUTABLE for element in value)
+
+
 def is_small(tensor: Tensor) -> bool:
     """Whether copying the tensor costs a step nothing that could be measured."""
     return tensor.numel() * tensor.element_size() <= SMALL

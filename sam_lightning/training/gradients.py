@@ -4,6 +4,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
+from sam_lightning.replay.attributes import with_prefixes
 from sam_lightning.tensors import global_norm
 
 
@@ -54,8 +55,13 @@ class Gradients:
 
     def of_others(self) -> list[tuple[Tensor, Tensor | None]]:
         """(parameter, copy of its gradient) of those that the optimizer does not have, and somebody else may step."""
-        own = set(self._weights())
-        others = [p for p in self._module.parameters() if p.requires_grad and p not in own]
+        met = set(map(id, self._weights()))
+        others = []
+        for _, module in with_prefixes(self._module):
+            for parameter in module._parameters.values():
+                if parameter is not None and parameter.requires_grad and id(parameter) not in met:
+                    met.add(id(parameter))
+                    others.append(parameter)
         return [(p, None if p.grad is None else p.grad.clone()) for p in others]
 
     def must_stay(self) -> bool:

@@ -21,7 +21,8 @@ from torchmetrics.classification import BinaryAccuracy
 
 from plain_modules import RHO, Once, Plain, SharpByMixin, batches, distance, rows, sharp, sharp_loop
 from sam_lightning import SAM
-from sam_lightning.replay import mutable_values
+from sam_lightning.replay import Replay, mutable_values
+from sam_lightning.replay.attributes import Owner
 from sam_lightning.training import SharpnessAwareTraining
 
 # The second pass is the same function.
@@ -386,6 +387,43 @@ def test_a_module_that_holds_its_data_is_not_copied(trainer, monkeypatch):
     sharp(trainer, module)
     assert len(module.rows) == 9004
     assert len(looked_into) < 4 * 2 * 10_000 + 1000
+
+
+def test_attributes_that_stay_are_sorted_in_the_first_step_only(monkeypatch):
+    """Else a network of many modules costs each step milliseconds of the host."""
+    sorted_ones = []
+    original = Owner._sort
+
+    def counted(self):
+        sorted_ones.append(self.prefix)
+        original(self)
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.width, self.sizes, self.seen = nn.BatchNorm1d(4), 4, (1, 2), []
+            self.steps = 0
+
+        def forward(self, x):
+            if self.counts:
+                self.steps += 1
+            self.seen.append(1)
+            return self.layer(x)
+
+    monkeypatch.setattr(Owner, "_sort", counted)
+    network = nn.Sequential(*(Block() for _ in range(3)))
+    for block in network:
+        block.counts = False
+    network[1].counts = True
+    replay = Replay(network, network.parameters)
+    for _ in range(4):
+        sorted_ones.clear()
+        replay.begin()
+        network(torch.rand(2, 4))
+        with replay.again():
+            network(torch.rand(2, 4))
+    assert set(sorted_ones) == {"1."}
+    assert [(block.steps, len(block.seen)) for block in network] == [(0, 4), (4, 4), (0, 4)]
 
 
 def test_tensors_in_lists_and_tuples_are_put_back_too(trainer):
