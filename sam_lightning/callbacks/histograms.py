@@ -6,6 +6,7 @@ import warnings
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from sam_lightning.callbacks.tensorboard import tensorboards
+from sam_lightning.optim.checks import check_integer
 from sam_lightning.tensors.shards import whole
 
 
@@ -19,10 +20,8 @@ class WeightHistograms(Callback):
     """
 
     def __init__(self, parameters: list[str], every_n_epochs: int = 1) -> None:
-        if every_n_epochs < 1:
-            raise ValueError(f"every_n_epochs must be an integer >= 1, got {every_n_epochs!r}.")
         self.parameters = parameters
-        self.every_n_epochs = every_n_epochs
+        self.every_n_epochs = check_integer("every_n_epochs", every_n_epochs)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuses names that do not exist before anything trains, and warns if nobody takes histograms."""

@@ -1,11 +1,12 @@
 """Random states that survive a resume."""
 
-import random
 from typing import Any
 
 import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+
+from sam_lightning.replay.random_states import random_states, set_random_states
 
 
 class RandomStates(Callback):
@@ -21,13 +22,9 @@ class RandomStates(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """The random states now."""
-        name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
-        return {
-            "torch": torch.get_rng_state(),
-            "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-            "numpy": [name, torch.from_numpy(np.array(keys, dtype=np.int64)), position, has_gauss, cached],
-            "python": random.getstate(),
-        }
+        states = random_states()
+        name, keys, *rest = states["numpy"]
+        return {**states, "numpy": [name, torch.from_numpy(np.array(keys, dtype=np.int64)), *rest]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keeps the states until training starts."""
@@ -37,11 +34,14 @@ class RandomStates(Callback):
         """Restores the states of the checkpoint, if one was loaded."""
         if self._restore is None:
             return
-        torch.set_rng_state(self._restore["torch"].cpu())
-        if len(self._restore["cuda"]) == torch.cuda.device_count():
-            torch.cuda.set_rng_state_all([state.cpu() for state in self._restore["cuda"]])
-        name, keys, *rest = self._restore["numpy"]
-        np.random.set_state((name, keys.cpu().numpy().astype(np.uint32), *rest))
-        version, internal, gauss = self._restore["python"]
-        random.setstate((version, tuple(internal), gauss))
+        states, (name, keys, *rest) = self._restore, self._restore["numpy"]
+        version, internal, gauss = states["python"]
+        set_random_states(
+            {
+                "torch": states["torch"].cpu(),
+                "cuda": [state.cpu() for state in states["cuda"]],
+                "numpy": (name, keys.cpu().numpy().astype(np.uint32), *rest),
+                "python": (version, tuple(internal), gauss),
+            }
+        )
         self._restore = None

@@ -9,6 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from sam_lightning.optim import SharpnessAware
+from sam_lightning.optim.checks import check_integer
 from sam_lightning.sharpness import Settings, Sharpness, measure
 from sam_lightning.tensors import global_norm
 from sam_lightning.training import SharpnessAwareTraining
@@ -51,11 +52,8 @@ class SharpnessMonitor(Callback):
     """
 
     def __init__(self, every_n_epochs: int = 5, samples: int = 512, settings: Settings | None = None) -> None:
-        for name, value, least in (("every_n_epochs", every_n_epochs, 0), ("samples", samples, 1)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(f"{name} must be an integer >= {least}, got {value!r}.")
-        self.every_n_epochs = every_n_epochs
-        self.samples = samples
+        self.every_n_epochs = check_integer("every_n_epochs", every_n_epochs, least=0)
+        self.samples = check_integer("samples", samples)
         self.settings = settings or Settings()
         self.history: list[dict[str, float]] = []
         self._first_loss: float | None = None

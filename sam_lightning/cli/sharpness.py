@@ -12,14 +12,13 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 
 from sam_lightning.callbacks.sharpness_monitor import measure_module
 from sam_lightning.runs.atomic_files import replacing
-from sam_lightning.runs.directory import find_checkpoint, read_checkpoint
+from sam_lightning.runs.directory import SHARPNESS, find_checkpoint, read_checkpoint
 from sam_lightning.runs.extras import require
 from sam_lightning.sharpness import Settings
 from sam_lightning.sharpness.batches import samples_in
 from sam_lightning.training.measured_loss import measured_loss
 from sam_lightning.training.training_sample import training_sample
 
-SHARPNESS = "sharpness.json"
 _DEFAULT = Settings()
 
 

@@ -16,6 +16,7 @@ from sam_lightning.data.loader import BatchLoader, finished_batch
 from sam_lightning.data.normalise import Normalisation, Normalise
 from sam_lightning.data.sampler import EpochSampler
 from sam_lightning.data.split import stratified_split
+from sam_lightning.optim.checks import check_integer
 
 Validation: TypeAlias = Literal["split", "test", "none"]
 
@@ -83,8 +84,7 @@ class ImageData(LightningDataModule, ABC):
             ("training_samples", 1 if training_samples is None else training_samples, 1),
             ("label_noise_seed", label_noise_seed, 0),
         ):
-            if number < least:
-                raise ValueError(f"{name} must be an integer >= {least}, got {number!r}.")
+            check_integer(name, number, least)
         if not 0 < validation_fraction < 1:
             raise ValueError(f"validation_fraction must be in (0, 1), got {validation_fraction!r}.")
         if not 0 <= label_noise <= 1:

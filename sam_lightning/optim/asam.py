@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from sam_lightning.optim.base import SharpnessAware
-from sam_lightning.optim.parameter_groups import BaseOptimizer, Params, check_radius
+from sam_lightning.optim.checks import check_non_negative
+from sam_lightning.optim.parameter_groups import BaseOptimizer, Params
 from sam_lightning.tensors.norms import global_norm, reciprocal
 from sam_lightning.tensors.vectors import Scaled, divide_by_norm, parts_of
 
@@ -60,7 +61,7 @@ class ASAM(SharpnessAware):
         every: int = 1,
         **base_options: Any,
     ) -> None:
-        self.eta = check_radius("eta", eta)
+        self.eta = check_non_negative("eta", eta)
         self.normalize_bias = normalize_bias
         super().__init__(params, base, rho, every, **base_options)
         for group in self.param_groups:

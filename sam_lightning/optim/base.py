@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from sam_lightning.optim.checks import check_integer, check_non_negative
 from sam_lightning.optim.gradients import Marks
-from sam_lightning.optim.parameter_groups import BaseOptimizer, Params, check_radius
+from sam_lightning.optim.parameter_groups import BaseOptimizer, Params
 from sam_lightning.optim.passes import Losses, run_passes
 from sam_lightning.optim.perturbation import Perturbation
 from sam_lightning.optim.step_state import StepState
@@ -47,9 +48,9 @@ class SharpnessAware(Perturbation):
     - `displacement(weights, grads)`: e for rho = 1, and often nothing else. It must give zeros where the gradient is
       zero or not finite. `Scaled(vectors, factor)` needs no memory, and is nothing where its factor is 0, as
       `reciprocal(global_norm(...))` is for a norm that is 0 or not finite. Gradients come times `loss_scale`: divide
-      by it unless e is a unit direction. `vectors.py` also has `add_` and `inner_product`;
-    - `__init__(params, base, rho=..., every=1, **base_options)`, which checks its own options (`check_radius`: finite
-      and at least 0), keeps them as public attributes and calls `super().__init__`;
+      by it unless e is a unit direction. `tensors/vectors.py` also has `add_`, `multiply_` and `inner_product`;
+    - `__init__(params, base, rho=..., every=1, **base_options)`, which checks its own options (`checks.py`), keeps them
+      as public attributes and calls `super().__init__`;
     - where both gradients decide what descends: `descent`, with `keeps_first_gradient = True` if it needs the first
       one (`gsam.py`), or `blend` if it is a fixed mixture of the two, which needs no memory (`wsam.py`);
     - where something lasts from step to step: `memory`, its name in the state, `recall` to read it and `remember` to
@@ -72,11 +73,9 @@ class SharpnessAware(Perturbation):
     """
 
     def __init__(self, params: Params, base: BaseOptimizer, rho: float, every: int = 1, **base_options: Any) -> None:
-        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
-            raise ValueError(f"every must be an integer >= 1, got {every!r}.")
+        self.every = check_integer("every", every)
         self._now = StepState()
-        super().__init__(params, base, check_radius("rho", rho), base_options)
-        self.every = every
+        super().__init__(params, base, check_non_negative("rho", rho), base_options)
 
     @classmethod
     def around(

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from sam_lightning.optim.base import SharpnessAware
-from sam_lightning.optim.parameter_groups import BaseOptimizer, Params, check_radius
+from sam_lightning.optim.checks import check_non_negative
+from sam_lightning.optim.parameter_groups import BaseOptimizer, Params
 from sam_lightning.tensors.norms import global_norm, reciprocal
 from sam_lightning.tensors.vectors import Scaled, add_, multiply_
 
@@ -65,7 +66,7 @@ class FriendlySAM(SharpnessAware):
         every: int = 1,
         **base_options: Any,
     ) -> None:
-        self.sigma = check_radius("sigma", sigma)
+        self.sigma = check_non_negative("sigma", sigma)
         if not 0 <= lmbda < 1:
             raise ValueError(f"lmbda must be at least 0 and below 1, got {lmbda!r}.")
         self.lmbda = lmbda

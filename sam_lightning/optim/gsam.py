@@ -6,7 +6,8 @@ from typing import Any
 from torch import Tensor
 
 from sam_lightning.optim.base import SharpnessAware
-from sam_lightning.optim.parameter_groups import BaseOptimizer, Params, check_radius
+from sam_lightning.optim.checks import check_non_negative
+from sam_lightning.optim.parameter_groups import BaseOptimizer, Params
 from sam_lightning.tensors.norms import global_norm, reciprocal
 from sam_lightning.tensors.vectors import Scaled, add_, inner_product, multiply_
 
@@ -58,7 +59,7 @@ class GSAM(SharpnessAware):
         every: int = 1,
         **base_options: Any,
     ) -> None:
-        self.alpha = check_radius("alpha", alpha)
+        self.alpha = check_non_negative("alpha", alpha)
         super().__init__(params, base, rho, every, **base_options)
 
     def displacement(self, weights: list[Tensor], grads: list[Tensor]) -> Sequence[Tensor]:

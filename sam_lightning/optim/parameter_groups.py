@@ -1,24 +1,16 @@
 """What sharpness-aware minimization keeps in parameter groups: each one's radius, and the count of steps."""
 
-import math
 from collections.abc import Callable, Iterable
-from numbers import Real
 from typing import Any, TypeAlias
 
 from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 
+from sam_lightning.optim.checks import check_non_negative
 from sam_lightning.optim.wrapper import OptimizerWrapper
 
 Params: TypeAlias = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 BaseOptimizer: TypeAlias = Callable[..., Optimizer]
-
-
-def check_radius(name: str, value: float) -> float:
-    """`value` if it is a finite number of at least 0, else a ValueError that names it."""
-    if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= value < math.inf:
-        raise ValueError(f"{name} must be a finite number >= 0, got {value!r}.")
-    return float(value)
 
 
 class RadiusGroups(OptimizerWrapper):
@@ -42,7 +34,7 @@ class RadiusGroups(OptimizerWrapper):
 
     def radius(self, group: dict[str, Any]) -> float:
         """The radius of one of the groups."""
-        return check_radius("rho", group.get(self.radius_key, self.rho))
+        return check_non_negative("rho", group.get(self.radius_key, self.rho))
 
     def own_radii(self) -> list[float]:
         """Each group's radius, without the factor of a schedule."""

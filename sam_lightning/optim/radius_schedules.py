@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeAlias
 
+from sam_lightning.optim.checks import check_integer
+
 
 @dataclass(frozen=True)
 class Progress:
@@ -73,8 +75,7 @@ def warm_up(steps: int, gradual: bool = True) -> RadiusSchedule:
         Becker, Altrock, Risse. Momentum-SAM. arXiv 2401.12033, appendix: without a radius during warm-up, SAM and
         MSAM train a ViT-S better.
     """
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise ValueError(f"steps must be an integer >= 1, got {steps!r}.")
+    check_integer("steps", steps)
     return partial(_warm_up, steps, gradual)
 
 

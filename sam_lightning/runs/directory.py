@@ -10,6 +10,10 @@ from sam_lightning.runs.atomic_files import replacing
 
 CONFIG = "config.yaml"
 CHECKPOINTS = "checkpoints"
+SHARPNESS = "sharpness.json"  # of the command `sharpness`
+RESULT = "result.json"  # of a study's finished run, as the two below
+WEIGHTS = "weights.npz"
+LOG = "log.txt"
 SHARDED = "meta.pt"  # in a checkpoint that is a folder of shards: all but the tensors, written last
 
 

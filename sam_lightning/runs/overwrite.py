@@ -7,22 +7,22 @@ from typing import Any
 
 import yaml
 
-from sam_lightning.runs.directory import CHECKPOINTS, CONFIG
+from sam_lightning.runs.directory import CHECKPOINTS, CONFIG, RESULT, SHARPNESS, WEIGHTS
 from sam_lightning.runs.settings import as_text, differences, settings
 
 # Whatever the commands write into a run's directory, but for a study's log of the run.
 _WRITTEN = (
-    "config.yaml",
+    CONFIG,
     "config.*.yaml",
     CHECKPOINTS,
     "hpc_ckpt_*.ckpt",
     "hparams.yaml",
     "events.out.tfevents.*",
     "predictions*.pt",
-    "sharpness.json",
+    SHARPNESS,
     "landscape-*",
-    "result.json",
-    "weights.npz",
+    RESULT,
+    WEIGHTS,
 )
 
 

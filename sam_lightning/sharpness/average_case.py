@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sam_lightning.optim.parameter_groups import check_radius
+from sam_lightning.optim.checks import check_integer, check_non_negative
 from sam_lightning.sharpness.adaptive import Adaptive
 from sam_lightning.sharpness.objective import Estimate, Loss, objective_of
 from sam_lightning.sharpness.preserved_state import BatchNorm
@@ -56,9 +56,8 @@ def average_case_sharpness(
         Neyshabur, Bhojanapalli, McAllester, Srebro. Exploring Generalization in Deep Learning. NeurIPS 2017.
         arXiv 1706.08947.
     """
-    check_radius("sigma", sigma)
-    if isinstance(draws, bool) or not isinstance(draws, int) or draws < 2:
-        raise ValueError(f"draws must be an integer >= 2, for a standard error, got {draws!r}.")
+    check_non_negative("sigma", sigma)
+    check_integer("draws", draws, least=2, note=", for a standard error")
     with objective_of(network, loss, batches, scale, batch_norm, seed) as objective:
         origin = objective.value()
         rises = []

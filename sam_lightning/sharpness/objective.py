@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, distributed, nn
 
+from sam_lightning.optim.checks import check_integer
 from sam_lightning.runs.threads import threads_for
 from sam_lightning.sharpness.adaptive import Adaptive, real, units
 from sam_lightning.sharpness.batches import HALF, samples_in, split, to_device, to_single_precision
@@ -176,8 +177,7 @@ def mean_over_parts(measure: Callable[[Objective], list[float]], objective: Obje
     """
     if m is None:
         return measure(objective)
-    if isinstance(m, bool) or not isinstance(m, int) or m < 1:
-        raise ValueError(f"m must be an integer >= 1, or None for the whole data, got {m!r}.")
+    check_integer("m", m, note=", or None for the whole data")
     total: Any = 0.0
     for batch in objective.batches:
         for part in split(batch, m):

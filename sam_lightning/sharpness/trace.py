@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from sam_lightning.optim.checks import check_integer
 from sam_lightning.sharpness.adaptive import Adaptive
 from sam_lightning.sharpness.hessian import hessian_of
 from sam_lightning.sharpness.lanczos import inner
@@ -53,8 +54,7 @@ def hessian_trace(
         M. F. Hutchinson. A Stochastic Estimator of the Trace of the Influence Matrix for Laplacian Smoothing Splines.
         Communications in Statistics 18, 1989.
     """
-    if isinstance(draws, bool) or not isinstance(draws, int) or draws < 2:
-        raise ValueError(f"draws must be an integer >= 2, for a standard error, got {draws!r}.")
+    check_integer("draws", draws, least=2, note=", for a standard error")
     with hessian_of(network, loss, batches, scale, batch_norm, seed) as hessian:
         forms = torch.zeros(draws, dtype=torch.float64, device=hessian.device)
         state = hessian.generator.get_state()

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sam_lightning.optim.parameter_groups import check_radius
+from sam_lightning.optim.checks import check_integer, check_non_negative
 from sam_lightning.sharpness.adaptive import Adaptive
 from sam_lightning.sharpness.objective import Loss, Objective, mean_over_parts, objective_of
 from sam_lightning.sharpness.preserved_state import BatchNorm
@@ -62,9 +62,8 @@ def worst_case_sharpness(
         Foret, Kleiner, Mobahi, Neyshabur. SAM. ICLR 2021. arXiv 2010.01412, eq. (1) and section 4.1 (m-sharpness).
         Kwon, Kim, Park, Choi. ASAM. ICML 2021. arXiv 2102.11600, definition 1.
     """
-    check_radius("rho", rho)
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise ValueError(f"steps must be an integer >= 1, got {steps!r}.")
+    check_non_negative("rho", rho)
+    check_integer("steps", steps)
     with objective_of(network, loss, batches, scale, batch_norm, seed) as objective:
         return mean_over_parts(lambda part: [_ascend(part, rho, steps)], objective, m)[0]
 

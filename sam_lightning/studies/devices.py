@@ -2,6 +2,10 @@
 
 import os
 
+import torch
+
+from sam_lightning.runs.threads import usable_cores
+
 
 def environments(jobs: int | None, jobs_per_device: int, threads: int, accelerator: str) -> list[dict[str, str]]:
     """The variables of each worker process.
@@ -16,16 +20,13 @@ def environments(jobs: int | None, jobs_per_device: int, threads: int, accelerat
         accelerator: What the runs ask for; `cpu` leaves GPUs alone.
     """
     gpus = [] if accelerator == "cpu" else _gpus()
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    room = len(gpus) * jobs_per_device if gpus else max(1, cores // threads)
+    room = len(gpus) * jobs_per_device if gpus else max(1, usable_cores() // threads)
     count = room if jobs is None else min(jobs, room) if gpus else jobs
     shared = {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
     return [{**shared, **({"CUDA_VISIBLE_DEVICES": gpus[i % len(gpus)]} if gpus else {})} for i in range(count)]
 
 
 def _gpus() -> list[str]:
-    import torch  # seconds, which a dry run need not spend
-
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     names = visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]
     return names[: torch.cuda.device_count()]

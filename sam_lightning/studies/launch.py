@@ -9,9 +9,10 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from sam_lightning.runs.directory import LOG
 from sam_lightning.studies.devices import environments
 from sam_lightning.studies.progress import Display
-from sam_lightning.studies.runs import LOG, Run, directory_of, runs_of, select
+from sam_lightning.studies.runs import Run, directory_of, runs_of, select
 from sam_lightning.studies.spec import Study, StudyError
 from sam_lightning.studies.worker_pool import Pool, last_lines
 

@@ -10,7 +10,8 @@ import numpy as np
 import pandas as pd
 
 from sam_lightning.runs.atomic_files import replacing
-from sam_lightning.studies.runs import RESULT, WEIGHTS, runs_of
+from sam_lightning.runs.directory import RESULT, WEIGHTS
+from sam_lightning.studies.runs import runs_of
 from sam_lightning.studies.sharpness_statistics import rows_of
 from sam_lightning.studies.spec import Study, StudyError
 

@@ -9,14 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from sam_lightning.runs import configs
+from sam_lightning.runs.directory import RESULT
 from sam_lightning.runs.settings import FREE_OF_CONSEQUENCE
 from sam_lightning.studies.sharpness_spec import SharpnessSpec
 from sam_lightning.studies.spec import FOLDER, Cell, Study, StudyError, read_yaml, short, word_of
 
-# What the directory of a finished run holds besides what `fit` writes.
-RESULT = "result.json"
-WEIGHTS = "weights.npz"
-LOG = "log.txt"
 _PLAIN = re.compile(r"[\w.,=+-]{1,40}")
 
 

@@ -7,9 +7,9 @@ from typing import Any
 
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 
+from sam_lightning.runs.directory import SHARPNESS
 from sam_lightning.sharpness import Settings
 
-SHARPNESS = "sharpness.json"  # what the command `sharpness` leaves in a run
 _MONITOR = "sam_lightning.callbacks.sharpness_monitor.SharpnessMonitor"
 
 

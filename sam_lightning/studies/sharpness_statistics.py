@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 from scipy.stats import norm, spearmanr
 
-from sam_lightning.studies.sharpness_spec import SHARPNESS
+from sam_lightning.runs.directory import SHARPNESS
 from sam_lightning.studies.spec import StudyError
 
 COVERAGE = 0.95

@@ -17,9 +17,10 @@ from typing import Any
 import torch
 
 from sam_lightning.runs.atomic_files import replacing
+from sam_lightning.runs.directory import LOG
 from sam_lightning.runs.extras import require
 from sam_lightning.studies.execute import execute, printing_into
-from sam_lightning.studies.runs import LOG, Run, directory_of
+from sam_lightning.studies.runs import Run, directory_of
 from sam_lightning.studies.sharpness_spec import SharpnessSpec
 from sam_lightning.studies.spec import Study, StudyError, read_yaml
 

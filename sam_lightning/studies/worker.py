@@ -20,8 +20,8 @@ import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from sam_lightning.cli import main
+from sam_lightning.runs.directory import LOG
 from sam_lightning.studies.execute import execute, printing_into
-from sam_lightning.studies.runs import LOG
 from sam_lightning.studies.sharpness_spec import SharpnessSpec
 
 

@@ -13,7 +13,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from sam_lightning.studies.runs import LOG, Run
+from sam_lightning.runs.directory import LOG
+from sam_lightning.studies.runs import Run
 
 ATTEMPTS = 2
 

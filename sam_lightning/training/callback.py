@@ -6,6 +6,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
 from sam_lightning.optim import RadiusSchedule, SharpnessAware
+from sam_lightning.optim.checks import check_integer
 from sam_lightning.optim.radius_schedules import end_schedule, follow_schedule
 from sam_lightning.replay import Replay
 from sam_lightning.training.divergence import refuse_diverged
@@ -79,12 +80,10 @@ class SharpnessAwareTraining(Callback):
         ):
             if value not in allowed:
                 raise ValueError(f"{name} must be one of {allowed}, got {value!r}.")
-        if isinstance(micro_batches, bool) or not isinstance(micro_batches, int) or micro_batches < 1:
-            raise ValueError(f"micro_batches must be an integer >= 1, got {micro_batches!r}.")
         self.second_pass = second_pass
         self.sync_perturbation = sync_perturbation
         self.batch_norm_stats = batch_norm_stats
-        self.micro_batches = micro_batches
+        self.micro_batches = check_integer("micro_batches", micro_batches)
         self.radius = radius
         self.m_sharpness: int | None = None
         self._method = maker_of(method)

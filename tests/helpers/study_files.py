@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from sam_lightning.studies.runs import RESULT, WEIGHTS
+from sam_lightning.runs.directory import RESULT, WEIGHTS
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "configs/studies"

@@ -11,12 +11,13 @@ import pytest
 from matplotlib.colors import to_hex
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from sam_lightning.runs.directory import RESULT, WEIGHTS
 from sam_lightning.studies.command import main
 from sam_lightning.studies.conclusions import conclusions
 from sam_lightning.studies.figures import draw
 from sam_lightning.studies.report import markdown
 from sam_lightning.studies.results import Results, collect, missing, read, write
-from sam_lightning.studies.runs import RESULT, WEIGHTS, runs_of
+from sam_lightning.studies.runs import runs_of
 from sam_lightning.studies.spec import StudyError, load
 from sam_lightning.studies.statistics import differences, outcomes, summary
 from sam_lightning.studies.tables import tables

@@ -7,10 +7,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from sam_lightning.runs.directory import RESULT
 from sam_lightning.studies.command import main
 from sam_lightning.studies.figures import draw
 from sam_lightning.studies.results import collect, read, write
-from sam_lightning.studies.runs import RESULT, runs_of
+from sam_lightning.studies.runs import runs_of
 from sam_lightning.studies.sharpness_statistics import correlations, summary
 from sam_lightning.studies.spec import StudyError, load
 from sam_lightning.studies.tables import tables

@@ -5,12 +5,13 @@ from dataclasses import asdict
 
 import pytest
 
+from sam_lightning.runs.directory import RESULT
 from sam_lightning.sharpness import Settings
 from sam_lightning.studies import execute as executing
 from sam_lightning.studies.execute import execute
 from sam_lightning.studies.figures import draw
 from sam_lightning.studies.results import collect, read, write
-from sam_lightning.studies.runs import RESULT, runs_of
+from sam_lightning.studies.runs import runs_of
 from sam_lightning.studies.sharpness_spec import SHARPNESS, SharpnessSpec
 from sam_lightning.studies.spec import StudyError, load
 from study_files import ROOT, finished, written
