@@ -126,6 +126,18 @@ def test_a_compiled_network_trains_alike_under_the_same_names_and_can_be_measure
     )
 
 
+@pytest.mark.parametrize("options", [{"micro_batches": 2}, {"accumulate_grad_batches": 2}])
+def test_a_cuda_graph_takes_no_accumulated_gradients(trainer, options):
+    module = make(compile_network="reduce-overhead", micro_batches=options.pop("micro_batches", 1))
+    with pytest.raises(ValueError, match="reduce-overhead does not accumulate gradients: set it to true, or"):
+        trainer(max_steps=1, **options).fit(module, Digits())
+
+
+def test_an_unknown_way_to_compile_is_refused():
+    with pytest.raises(ValueError, match="compile_network must be true, false or reduce-overhead, got 'fast'"):
+        make(compile_network="fast")
+
+
 def loaded(module):
     other = make()
     other.load_state_dict(module.state_dict())
