@@ -11,6 +11,7 @@ from torch import Tensor
 from sam_lightning.optim import SharpnessAware
 from sam_lightning.optim.checks import check_integer
 from sam_lightning.sharpness import Settings, Sharpness, measure
+from sam_lightning.sharpness.adaptive import real
 from sam_lightning.tensors import global_norm
 from sam_lightning.training import SharpnessAwareTraining
 from sam_lightning.training.measured_loss import measured_loss
@@ -80,7 +81,7 @@ class SharpnessMonitor(Callback):
         if step is None or not isinstance(optimizer, SharpnessAware) or not step.is_shown:
             return
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        gradient = [_real(p.grad) for p in parameters if p.grad is not None]
+        gradient = [real(p.grad) for p in parameters if p.grad is not None]
         if not step.is_second_pass:
             self._weights = [p.clone() for p in parameters]
             self._gradient = [g.clone() for g in gradient]  # copies: gradients may be views of shared memory
@@ -154,8 +155,3 @@ def measure_module(module: LightningModule, batches: list[Any], settings: Settin
 def _step(trainer: Trainer) -> SharpStep | None:
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # of a part of the trainer
     return next((callback.step for callback in callbacks if isinstance(callback, SharpnessAwareTraining)), None)
-
-
-def _real(tensor: Tensor) -> Tensor:
-    """Real and imaginary parts side by side, whose inner product is that of the steps."""
-    return torch.view_as_real(tensor) if tensor.is_complex() else tensor

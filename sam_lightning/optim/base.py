@@ -46,9 +46,8 @@ class SharpnessAware(Perturbation):
     The class has
 
     - `displacement(weights, grads)`: e for rho = 1, and often nothing else. It must give zeros where the gradient is
-      zero or not finite. `Scaled(vectors, factor)` needs no memory, and is nothing where its factor is 0, as
-      `reciprocal(global_norm(...))` is for a norm that is 0 or not finite. Gradients come times `loss_scale`: divide
-      by it unless e is a unit direction. `tensors/vectors.py` also has `add_`, `multiply_` and `inner_product`;
+      zero or not finite, as `unit_vector(grads)` does. Gradients come times `loss_scale`: divide by it unless e is a
+      unit vector. `tensors/vectors.py` also has `Scaled`, `add_`, `multiply_` and `inner_product`;
     - `__init__(params, base, rho=..., every=1, **base_options)`, which checks its own options (`checks.py`), keeps them
       as public attributes and calls `super().__init__`;
     - where both gradients decide what descends: `descent`, with `keeps_first_gradient = True` if it needs the first

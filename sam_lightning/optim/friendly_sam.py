@@ -9,8 +9,7 @@ from torch import Tensor
 from sam_lightning.optim.base import SharpnessAware
 from sam_lightning.optim.checks import check_non_negative
 from sam_lightning.optim.parameter_groups import BaseOptimizer, Params
-from sam_lightning.tensors.norms import global_norm, reciprocal
-from sam_lightning.tensors.vectors import Scaled, add_, multiply_
+from sam_lightning.tensors.vectors import Scaled, add_, multiply_, unit_vector
 
 
 class FriendlySAM(SharpnessAware):
@@ -76,7 +75,7 @@ class FriendlySAM(SharpnessAware):
         """Gives u / ||u||, u = (1 - sigma (1 - lambda)) g - sigma lambda m with the m of the step before."""
         u = list(torch._foreach_mul(grads, 1 - self.sigma * (1 - self.lmbda)))
         add_(u, Scaled(self.recall(weights), self.loss_scale), -self.sigma * self.lmbda)
-        return Scaled(u, reciprocal(global_norm(u)))
+        return unit_vector(u)
 
     def remember(self, memory: list[Tensor], first: list[Tensor]) -> None:
         """Renews m."""

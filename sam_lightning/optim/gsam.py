@@ -9,7 +9,7 @@ from sam_lightning.optim.base import SharpnessAware
 from sam_lightning.optim.checks import check_non_negative
 from sam_lightning.optim.parameter_groups import BaseOptimizer, Params
 from sam_lightning.tensors.norms import global_norm, reciprocal
-from sam_lightning.tensors.vectors import Scaled, add_, inner_product, multiply_
+from sam_lightning.tensors.vectors import add_, inner_product, multiply_, unit_vector
 
 
 class GSAM(SharpnessAware):
@@ -64,7 +64,7 @@ class GSAM(SharpnessAware):
 
     def displacement(self, weights: list[Tensor], grads: list[Tensor]) -> Sequence[Tensor]:
         """Gives g / ||g||."""
-        return Scaled(grads, reciprocal(global_norm(grads)))
+        return unit_vector(grads)
 
     def descent(self, weights: list[Tensor], first: list[Tensor] | None, grads: list[Tensor]) -> None:
         """(1 + alpha <g, g_e> / ||g_e||^2) g_e - alpha g."""

@@ -11,7 +11,7 @@ from sam_lightning.optim.checks import check_non_negative
 from sam_lightning.optim.parameter_groups import BaseOptimizer, Params
 from sam_lightning.tensors.copies import copy
 from sam_lightning.tensors.norms import global_norm, reciprocal
-from sam_lightning.tensors.vectors import Scaled, add_, divide_by_norm, inner_product, multiply_
+from sam_lightning.tensors.vectors import Scaled, add_, divide_by_norm, inner_product, multiply_, unit_vector
 
 
 class LookSAM(SharpnessAware):
@@ -73,7 +73,7 @@ class LookSAM(SharpnessAware):
 
     def displacement(self, weights: list[Tensor], grads: list[Tensor]) -> Sequence[Tensor]:
         """Gives g / ||g||."""
-        return Scaled(grads, reciprocal(global_norm(grads)))
+        return unit_vector(grads)
 
     def descent(self, weights: list[Tensor], first: list[Tensor] | None, grads: list[Tensor]) -> None:
         """Turns `first` into the unit vector of g_v; in a step without it adds the last one's to `grads`."""

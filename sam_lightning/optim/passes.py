@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor, nn
 
+from sam_lightning.optim.gradients import gradients
 from sam_lightning.replay import Replay
 from sam_lightning.tensors.norms import global_norm
 
@@ -59,7 +60,7 @@ def run_passes(
         replay.begin()
     first = one_pass()
     # Under loss scaling an overflow in the first pass must skip the step, too.
-    factor = None if scaler is None else 1 + 0 * global_norm(_gradients(optimizer))
+    factor = None if scaler is None else 1 + 0 * global_norm(gradients(optimizer._with_gradient()))
     with optimizer.perturbed(loss_scale=loss_scale()) as computes:
         if computes:
             optimizer.zero_grad()
@@ -79,7 +80,3 @@ def _replay_of(optimizer: "SharpnessAware", model: nn.Module | None, second_pass
 
         kept = optimizer._now.replay = key, Replay(model, trained, second_pass == "replay")
     return kept[1]
-
-
-def _gradients(optimizer: "SharpnessAware") -> list[Tensor]:
-    return [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]

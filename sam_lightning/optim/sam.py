@@ -7,8 +7,7 @@ from torch import Tensor
 
 from sam_lightning.optim.base import SharpnessAware
 from sam_lightning.optim.parameter_groups import BaseOptimizer, Params
-from sam_lightning.tensors.norms import global_norm, reciprocal
-from sam_lightning.tensors.vectors import Scaled
+from sam_lightning.tensors.vectors import unit_vector
 
 
 class SAM(SharpnessAware):
@@ -49,4 +48,4 @@ class SAM(SharpnessAware):
 
     def displacement(self, weights: list[Tensor], grads: list[Tensor]) -> Sequence[Tensor]:
         """Gives g / ||g||."""
-        return Scaled(grads, reciprocal(global_norm(grads)))
+        return unit_vector(grads)

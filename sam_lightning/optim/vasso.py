@@ -8,8 +8,7 @@ from torch import Tensor
 
 from sam_lightning.optim.base import SharpnessAware
 from sam_lightning.optim.parameter_groups import BaseOptimizer, Params
-from sam_lightning.tensors.norms import global_norm, reciprocal
-from sam_lightning.tensors.vectors import Scaled, add_, multiply_
+from sam_lightning.tensors.vectors import Scaled, add_, multiply_, unit_vector
 
 
 class VaSSO(SharpnessAware):
@@ -70,7 +69,7 @@ class VaSSO(SharpnessAware):
         """Gives d / ||d||."""
         d = list(torch._foreach_mul(grads, self.theta))
         add_(d, Scaled(self.recall(weights), self.loss_scale), 1 - self.theta)
-        return Scaled(d, reciprocal(global_norm(d)))
+        return unit_vector(d)
 
     def remember(self, memory: list[Tensor], first: list[Tensor]) -> None:
         """Renews d."""

@@ -7,7 +7,7 @@ from typing import overload
 import torch
 from torch import Tensor
 
-from sam_lightning.tensors.norms import reciprocal
+from sam_lightning.tensors.norms import global_norm, reciprocal
 from sam_lightning.tensors.shards import are_sharded, whole
 
 _PART = 2**20  # entries
@@ -42,6 +42,11 @@ class Scaled(Sequence[Tensor]):
         zero = torch.zeros_like(self.vectors[index])
         add_([zero], Scaled([self.vectors[index]], self.factor), 1.0)
         return zero
+
+
+def unit_vector(vectors: list[Tensor]) -> Scaled:
+    """The vectors over their L2 norm, all together; nothing where that is 0 or not finite."""
+    return Scaled(vectors, reciprocal(global_norm(vectors)))
 
 
 @torch.no_grad()
