@@ -1,7 +1,6 @@
 """Sharpness-aware optimizers: one shell around any torch optimizer, one formula per method. Knows torch only."""
 
 from sam_lightning.optim.asam import ASAM
-from sam_lightning.optim.base import SharpnessAware
 from sam_lightning.optim.friendly_sam import FriendlySAM
 from sam_lightning.optim.gsam import GSAM
 from sam_lightning.optim.look_sam import LookSAM
@@ -10,6 +9,7 @@ from sam_lightning.optim.norm_layers import norm_layers_only
 from sam_lightning.optim.parameter_groups import BaseOptimizer, Params
 from sam_lightning.optim.radius_schedules import Progress, RadiusSchedule, follow_lr, late, warm_up
 from sam_lightning.optim.sam import SAM
+from sam_lightning.optim.sharpness_aware import SharpnessAware
 from sam_lightning.optim.vasso import VaSSO
 from sam_lightning.optim.wsam import WSAM
 

@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sam_lightning.optim.base import SharpnessAware
 from sam_lightning.optim.checks import check_non_negative
 from sam_lightning.optim.parameter_groups import BaseOptimizer, Params
+from sam_lightning.optim.sharpness_aware import SharpnessAware
 from sam_lightning.tensors.vectors import Scaled, add_, multiply_, unit_vector
 
 

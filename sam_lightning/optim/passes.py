@@ -12,7 +12,7 @@ from sam_lightning.replay import Replay
 from sam_lightning.tensors.norms import global_norm
 
 if TYPE_CHECKING:
-    from sam_lightning.optim.base import SharpnessAware
+    from sam_lightning.optim.sharpness_aware import SharpnessAware
 
 Losses = Callable[[], Tensor | Iterable[Tensor]]
 

@@ -5,8 +5,8 @@ from typing import Any
 
 from torch import Tensor
 
-from sam_lightning.optim.base import SharpnessAware
 from sam_lightning.optim.parameter_groups import BaseOptimizer, Params
+from sam_lightning.optim.sharpness_aware import SharpnessAware
 from sam_lightning.tensors.vectors import unit_vector
 
 
