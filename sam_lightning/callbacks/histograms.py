@@ -7,7 +7,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from sam_lightning.callbacks.tensorboard import tensorboards
 from sam_lightning.optim.checks import check_integer
-from sam_lightning.tensors.shards import whole
+from sam_lightning.tensors.shards import full_tensor
 
 
 class WeightHistograms(Callback):
@@ -45,6 +45,6 @@ class WeightHistograms(Callback):
     def _write(self, trainer: Trainer, pl_module: LightningModule) -> None:
         weights = dict(pl_module.named_parameters())
         for name in self.parameters:
-            values = whole(weights[name].detach()).float()  # by every process, whether it writes or not
+            values = full_tensor(weights[name].detach()).float()  # by every process, whether it writes or not
             for logger in tensorboards(trainer):
                 logger.experiment.add_histogram(f"weights/{name}", values, trainer.global_step)

@@ -4,7 +4,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sam_lightning.optim.gradients import Marks, dense, gradients
+from sam_lightning.optim.gradients import GradientVersions, dense, gradients
 
 
 class Blend:
@@ -23,7 +23,7 @@ class Blend:
     def __init__(self, first: float, second: float, weights: list[Tensor]) -> None:
         self._ratio, self._second = first / second, second
         self._is_kept = False
-        self._marks = Marks(weights)
+        self._versions = GradientVersions(weights)
 
     def keep(self, weights: list[Tensor]) -> None:
         """What `zero_grad()` does instead of clearing the first gradient."""
@@ -31,16 +31,16 @@ class Blend:
             raise RuntimeError("zero_grad() twice inside perturbed(): the first gradient's share would be lost.")
         self._is_kept = True
         _scale(weights, self._ratio)
-        self._marks = Marks(weights)
+        self._versions = GradientVersions(weights)
 
     def finish(self, weights: list[Tensor]) -> None:
         """Turns what both passes left into the mixture; `weights` have a gradient now."""
         if self._is_kept:
             if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
-                for weight in self._marks.unchanged():
+                for weight in self._versions.unchanged():
                     weight.grad = None
-            _scale([w for w in weights if w.grad is not None and w in self._marks], self._second)
-        elif self._marks.differ_from(weights):
+            _scale([w for w in weights if w.grad is not None and w in self._versions], self._second)
+        elif self._versions.differ_from(weights):
             raise RuntimeError(
                 "the gradient was replaced inside perturbed() without the optimizer's zero_grad(), which keeps "
                 "the first one's share: call optimizer.zero_grad() there, not the module's."

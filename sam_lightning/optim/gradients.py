@@ -27,7 +27,7 @@ def refuse_sparse(weights: list[Tensor]) -> None:
         )
 
 
-class Marks:
+class GradientVersions:
     """What the gradients were, to tell which have been written since; sees what autograd writes, not a reduction."""
 
     def __init__(self, weights: list[Tensor]) -> None:

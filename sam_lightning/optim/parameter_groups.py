@@ -50,13 +50,12 @@ class RadiusGroups(OptimizerWrapper):
         for group in self.param_groups:
             group["sharpness_step"] = steps
 
-    def _rests(self) -> bool:
+    def _has_zero_rates(self) -> bool:
         """Whether every learning rate is 0: how torch.distributed.checkpoint has state made to load into."""
         rates = [group.get("lr") for group in self.param_groups]
         # A rate on an accelerator is not looked at, which would make the host wait.
-        return all(rate == 0 for rate in rates if not isinstance(rate, Tensor) or rate.device.type == "cpu") and all(
-            rate is not None and (not isinstance(rate, Tensor) or rate.device.type == "cpu") for rate in rates
-        )
+        known = [rate for rate in rates if not isinstance(rate, Tensor) or rate.device.type == "cpu"]
+        return len(known) == len(rates) and all(rate == 0 for rate in known)
 
     def _join(self, group: dict[str, Any]) -> None:
         group[self.radius_key] = self.radius(group)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from sam_lightning.optim.checks import check_integer, check_non_negative
-from sam_lightning.optim.gradients import Marks
+from sam_lightning.optim.gradients import GradientVersions
 from sam_lightning.optim.parameter_groups import BaseOptimizer, Params
 from sam_lightning.optim.passes import Losses, run_passes
 from sam_lightning.optim.perturbation import Perturbation
@@ -151,7 +151,7 @@ class SharpnessAware(Perturbation):
             self._warn_of_plain_step()
         result = self.base.step()
         now.has_ascended, both, now.both = False, now.both, None
-        if self._rests():
+        if self._has_zero_rates():
             if self.memory:
                 for weight in self._with_gradient():
                     self.state[weight].setdefault(self.memory, torch.zeros_like(weight))
@@ -170,7 +170,7 @@ class SharpnessAware(Perturbation):
 
     def _evaluate(self, closure: Callable[[], float]) -> float:
         """The closure's value: not every base takes one, and none knows of two passes."""
-        had_ascended, before = self._now.has_ascended, Marks(self._with_gradient())
+        had_ascended, before = self._now.has_ascended, GradientVersions(self._with_gradient())
         self._now.has_ascended = False
         with torch.enable_grad():
             value = closure()
@@ -185,7 +185,7 @@ class SharpnessAware(Perturbation):
         return value
 
     def _warn_of_plain_step(self) -> None:
-        if self._now.has_warned or self._rests() or not self._with_gradient() or not self.will_perturb():
+        if self._now.has_warned or self._has_zero_rates() or not self._with_gradient() or not self.will_perturb():
             return
         self._now.has_warned = True
         warnings.warn(

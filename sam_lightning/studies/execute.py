@@ -47,7 +47,7 @@ def execute(
         callbacks: What else watches the training.
         sharpness: What is measured at its end.
     """
-    with _alone_in(directory):
+    with _locked(directory):
         if (directory / RESULT).is_file():
             if sharpness is not None and not sharpness.is_done(directory):
                 main(sharpness.command(directory))
@@ -82,7 +82,7 @@ def printing_into(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _alone_in(directory: Path) -> Iterator[None]:
+def _locked(directory: Path) -> Iterator[None]:
     """Waits until no other process is at this run: two studies that share it may run at once."""
     directory.mkdir(parents=True, exist_ok=True)
     with (directory / ".lock").open("w") as file:

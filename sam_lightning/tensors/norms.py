@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from sam_lightning.tensors.shards import are_sharded, whole
+from sam_lightning.tensors.shards import are_sharded, full_tensor
 
 _LOW_PRECISION = (torch.float16, torch.bfloat16)
 _PIECE = 2**18  # torch sums a long float32 tensor on the CPU in a few lanes: 1 % is lost at 1e8 entries
@@ -45,7 +45,7 @@ def _norm(tensors: list[Tensor], order: float) -> Tensor:
     first = kinds[0][0]
     if any(device != first for device, _, _ in different):
         norms = [norm.to(first) for norm in norms]
-    return whole(torch.linalg.vector_norm(torch.stack(norms), order))
+    return full_tensor(torch.linalg.vector_norm(torch.stack(norms), order))
 
 
 def _pieces(tensors: list[Tensor]) -> list[Tensor]:

@@ -23,7 +23,7 @@ def local_parts(tensors: list[Tensor]) -> list[Tensor]:
     return [t.to_local() if s else t for t, s in zip(found, sharded, strict=True)] if any(sharded) else tensors
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """The tensor put together from all processes, which must all call this; a plain one itself."""
     full: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
     return full

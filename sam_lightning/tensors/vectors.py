@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sam_lightning.tensors.norms import global_norm, reciprocal
-from sam_lightning.tensors.shards import are_sharded, whole
+from sam_lightning.tensors.shards import are_sharded, full_tensor
 
 _PART = 2**20  # entries
 _FUSED = (torch.float32, torch.float16, torch.bfloat16)  # its learning rate is a float32
@@ -160,4 +160,4 @@ def inner_product(a: list[Tensor], b: list[Tensor]) -> Tensor:
             x, y = x.float(), y.float()
         product = (x * y.conj()).real if x.is_complex() else x * y
         products.append(product.sum().to(a[0].device))
-    return whole(torch.stack(products).sum()) if products else torch.zeros(())
+    return full_tensor(torch.stack(products).sum()) if products else torch.zeros(())

@@ -21,7 +21,7 @@ from cases import BASES, CASES, Net, several_groups
 from regression import SAM_SGD, SGD, Regression, Tied, loader, make_data, make_network, state_of
 from sam_lightning.callbacks import RandomStates
 from sam_lightning.tensors import global_norm, norms
-from sam_lightning.tensors.shards import local_parts, whole
+from sam_lightning.tensors.shards import full_tensor, local_parts
 from sam_lightning.training import SharpnessAwareTraining
 from sam_lightning.training.sharding import shard
 
@@ -44,7 +44,7 @@ def backward(net):
 
 
 def weights(module):
-    return [whole(p.detach()).clone() for p in module.parameters()]
+    return [full_tensor(p.detach()).clone() for p in module.parameters()]
 
 
 def parts(module):
@@ -185,7 +185,7 @@ def batches(samples=160):
 
 
 def gathered(module):
-    return {name: whole(value).clone() for name, value in module.state_dict().items()}
+    return {name: full_tensor(value).clone() for name, value in module.state_dict().items()}
 
 
 def m_of(run):
@@ -196,7 +196,7 @@ def fit(module, samples=160, validate=False, **options):
     run = trainer(**options)
     run.fit(module, batches(samples), *([loader(batch_size=4, samples=8)] if validate else []))
     optimizer = run.optimizers[0].state
-    momenta = [whole(optimizer[p]["momentum_buffer"]) for p in module.parameters() if p in optimizer]
+    momenta = [full_tensor(optimizer[p]["momentum_buffer"]) for p in module.parameters() if p in optimizer]
     return {"state": gathered(module), "steps": run.global_step, "m": m_of(run), "momenta": momenta}
 
 
@@ -221,7 +221,7 @@ def resumed(folder, distributed):
         run = trainer(strategy, max_epochs=2, callbacks=callbacks, enable_checkpointing=True)
         torch.manual_seed(3 if ckpt_path is None else 4)
         run.fit(module, batches(80), ckpt_path=ckpt_path, weights_only=True)
-        momenta = [whole(run.optimizers[0].state[p]["momentum_buffer"]) for p in module.parameters()]
+        momenta = [full_tensor(run.optimizers[0].state[p]["momentum_buffer"]) for p in module.parameters()]
         ends.append({"state": gathered(module), "momenta": momenta, "losses": losses.seen, "steps": run.global_step})
     return {"straight": ends[0], "resumed": ends[1], "is_folder": (folder / f"{distributed}-step=10.ckpt").is_dir()}
 
