@@ -90,7 +90,7 @@ def _compared(trainer: Trainer, module: LightningModule) -> dict[str, Value]:
     data: Any = getattr(trainer, "datamodule", None) or getattr(loader, "dataset", None)
     found: dict[str, Any] = {
         "method": type(optimizer).__name__,
-        "rho": max(group["rho"] for group in groups) if isinstance(optimizer, SharpnessAware) else 0.0,
+        "rho": max(optimizer.own_radii()) if isinstance(optimizer, SharpnessAware) else 0.0,
         # With a schedule, what it begins from; before a warm-up and not in it.
         "learning rate": max(float(group.get("initial_lr", group["lr"])) for group in groups),
         "batch size": getattr(data, "batch_size", None) or getattr(loader, "batch_size", None),

@@ -51,6 +51,6 @@ def norm_layers_only(
     named = list(module.named_parameters())
     groups: list[dict[str, Any]] = [{"params": [(n, p) for n, p in named if p in inside]}]
     if rho is not None:
-        groups[0]["rho"] = rho
+        groups[0]["sam_rho"] = rho
     others = [(n, p) for n, p in named if p not in inside]
-    return [*groups, {"params": others, "rho": 0.0}] if others else groups
+    return [*groups, {"params": others, "sam_rho": 0.0}] if others else groups

@@ -33,8 +33,8 @@ class RadiusGroups(OptimizerWrapper):
             self._join(group)
 
     def radius(self, group: dict[str, Any]) -> float:
-        """The radius of one of the groups."""
-        return check_non_negative("rho", group.get(self.radius_key, self.rho))
+        """The radius of one of the groups, or of one that is to join them: there it may be called `sam_rho`, too."""
+        return check_non_negative("rho", group.get("sam_rho", group.get(self.radius_key, self.rho)))
 
     def own_radii(self) -> list[float]:
         """Each group's radius, without the factor of a schedule."""
@@ -58,7 +58,7 @@ class RadiusGroups(OptimizerWrapper):
         return len(known) == len(rates) and all(rate == 0 for rate in known)
 
     def _join(self, group: dict[str, Any]) -> None:
-        group[self.radius_key] = self.radius(group)
+        self._settle_radius(group)
         group.setdefault("sharpness_step", self.steps)
         self.names.update(zip(group["params"], group.get("param_names", ()), strict=False))
 
@@ -78,8 +78,13 @@ class RadiusGroups(OptimizerWrapper):
             params = [(self.names.get(p, f"parameter.{i}"), p) for i, p in enumerate(params, taken)]
         self.base.add_param_group({**param_group, "params": params})
         group = self.param_groups[-1]
-        group[self.radius_key] = self.radius(group)
+        self._settle_radius(group)
         group["sharpness_step"] = self.steps
+
+    def _settle_radius(self, group: dict[str, Any]) -> None:
+        rho = self.radius(group)
+        group.pop("sam_rho", None)
+        group[self.radius_key] = rho
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state dict of this optimizer, radii included, or of its plain base, which keeps the present ones."""

@@ -32,7 +32,8 @@ class SharpnessAware(Perturbation):
     Parameter groups, state and state dict are the base optimizer's own objects, so that learning rate
     schedulers, checkpoints and warm-up act on the one truth. `rho` is a key of every parameter group:
     a group may bring its own, and a group with `rho=0` is not perturbed. Where the base has a `rho` of its
-    own, such as Adadelta's decay, the radius is the key `sam_rho`, and `rho` stays the base's.
+    own, such as Adadelta's decay, the radius is the key `sam_rho`, and `rho` stays the base's. A group that is given
+    may say `sam_rho` with any base.
 
     Add a method: begin with a copy of `sam_lightning/optim/sam.py` as `<name>.py` beside it, and give it in turn
 

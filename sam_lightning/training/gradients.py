@@ -9,7 +9,7 @@ from sam_lightning.tensors import global_norm
 
 
 class Gradients:
-    """Of the parameters that the trainer's optimizer has."""
+    """The gradients of the parameters that the trainer's optimizer has."""
 
     def __init__(self, trainer: Trainer, module: LightningModule) -> None:
         self._trainer = trainer
@@ -21,7 +21,7 @@ class Gradients:
         return getattr(self._trainer.precision_plugin, "scaler", None)
 
     def loss_scale(self) -> Tensor | float:
-        """What they are a multiple of, compared with the loss's own; without a wait for an accelerator."""
+        """How many times the loss's own gradients they are; a wait for an accelerator is spared."""
         batches = self._trainer.accumulate_grad_batches
         if self.scaler is None:
             return 1 / batches
@@ -32,7 +32,7 @@ class Gradients:
         return global_norm(self._all()) / self.loss_scale()
 
     def are_finite(self) -> Tensor:
-        """A 0-dimensional bool."""
+        """Whether all of them are finite, as a 0-dimensional bool."""
         return global_norm(self._all()).isfinite()
 
     def set_aside(self) -> list[tuple[Tensor, Tensor]]:

@@ -17,7 +17,7 @@ from sam_lightning.training.gradients import Gradients
 from sam_lightning.training.micro_batches import split_batch
 from sam_lightning.training.sharding import reshard, share_buffers
 from sam_lightning.training.step_logs import StepLogs
-from sam_lightning.training.step_result import StepResult
+from sam_lightning.training.step_metrics import StepResult
 from sam_lightning.training.strategies import is_sharded, synchronised, unsynchronised
 
 

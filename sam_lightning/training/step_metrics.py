@@ -1,12 +1,26 @@
 """What the passes come to, in the log: step by step, and as the epoch's mean."""
 
+from dataclasses import dataclass
 from typing import Any
 
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
 from sam_lightning.training.step_logs import StepLogs
-from sam_lightning.training.step_result import StepResult
+
+
+@dataclass
+class StepResult:
+    """What the passes of one batch came to; tensors stay on their device."""
+
+    loss: Tensor | None = None  # at w
+    loss_perturbed: Tensor | None = None  # at w + e
+    grad_norm: Tensor | None = None  # ||g|| at w, before clipping; in steps that are logged
+
+    @property
+    def passes(self) -> int:
+        """The number of gradients."""
+        return (self.loss is not None) + (self.loss_perturbed is not None)
 
 
 class StepMetrics:

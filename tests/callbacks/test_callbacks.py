@@ -18,6 +18,7 @@ from regression import SAM_SGD, Regression, loader, resumable
 from sam_lightning.callbacks import EpochHistory, HyperparameterPage, RandomStates, WeightHistograms
 from sam_lightning.data import Digits
 from sam_lightning.models import ImageClassifier, digits_cnn
+from sam_lightning.training import SharpnessAwareTraining
 
 
 def events(folder):
@@ -132,6 +133,17 @@ def test_any_module_and_all_of_its_tensorboards_have_the_page(trainer, tmp_path)
         }
         assert metrics == ["r2", "valid_loss", "test_loss"]
     trainer(logger=CSVLogger(tmp_path), callbacks=[HyperparameterPage()]).fit(Foreign(), loader())
+
+
+def test_the_page_shows_the_radius_and_not_a_rho_of_the_bases(trainer, tmp_path):
+    class Adadelta(Foreign):
+        def configure_optimizers(self):
+            return torch.optim.Adadelta(self.parameters(), rho=0.8)
+
+    callbacks = [HyperparameterPage(), SharpnessAwareTraining(rho=0.1)]
+    trainer(logger=TensorBoardLogger(tmp_path, "", version=""), callbacks=callbacks).fit(Adadelta(), loader(), loader())
+    columns, _ = page(tmp_path)
+    assert columns["rho"] == 0.1
 
 
 def test_random_states_round_trip_through_a_safe_checkpoint(trainer, tmp_path):

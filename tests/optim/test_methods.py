@@ -253,6 +253,15 @@ def test_norm_layers_are_told_by_their_class_and_moved_alone():
     assert len(norm_layers_only(nn.LayerNorm(3), rho=0.5)) == 1
 
 
+def test_norm_layers_under_a_base_with_a_rho_of_its_own():
+    net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    optimizer = SAM(norm_layers_only(net, rho=0.5), torch.optim.Adadelta)
+    assert [(group["rho"], group["sam_rho"]) for group in optimizer.param_groups] == [(0.9, 0.5), (0.9, 0.0)]
+    optimizer = SAM(net.parameters(), SGD)
+    optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))], "sam_rho": 0.3})
+    assert (optimizer.param_groups[1]["rho"], "sam_rho" in optimizer.param_groups[1]) == (0.3, False)
+
+
 def test_norm_layers_that_are_missing_are_refused_and_ones_own_are_taken():
     class Own(nn.Module):
         def __init__(self):
