@@ -8,7 +8,7 @@ from sam_lightning.studies import sharpness_statistics
 from sam_lightning.studies.conclusions import conclusions
 from sam_lightning.studies.results import read
 from sam_lightning.studies.spec import load
-from sam_lightning.studies.statistics import differences, outcomes, published, summary
+from sam_lightning.studies.statistics import differences, is_tested_every_epoch, outcomes, published, summary
 
 HERE = Path(__file__).resolve().parent
 STUDIES = HERE.parent / "configs/studies"
@@ -46,7 +46,7 @@ def results_section() -> str:
         study = load(str(STUDIES / f"{file}.yaml"))
         results = read(HERE / "results" / folder)
         runs.append(results.runs.assign(study=name))
-        tested_every_epoch = set(results.runs.selected_on) == {"test"}
+        tested_every_epoch = is_tested_every_epoch(results)
         chosen = "last" if tested_every_epoch else "best"
         full = outcomes(results, equal_compute=False)
         for _, row in summary(study, full).iterrows():
