@@ -20,12 +20,13 @@ from sam_lightning.cli.malloc import keep_freed_memory
 from sam_lightning.cli.messages import SettingsError, explain, first_cause, is_from_users_code
 from sam_lightning.cli.outcome import print_outcome, save_predictions, say_how_to_go_on
 from sam_lightning.cli.parsing import parse
-from sam_lightning.cli.run_files import RunFiles, compare_with_checkpoint
+from sam_lightning.cli.run_files import RunFiles, compare_with_checkpoint, with_run_config
 from sam_lightning.cli.sharpness import MeasuringTrainer
 from sam_lightning.models import ImageClassifier  # noqa: F401  # so that --model ImageClassifier is found
 from sam_lightning.runs.checkpoint_io import AtomicCheckpointIO
+from sam_lightning.runs.checkpoints import find_checkpoint
 from sam_lightning.runs.configs import with_packaged_files
-from sam_lightning.runs.directory import CHECKPOINTS, find_checkpoint, run_name, with_run_config
+from sam_lightning.runs.directory import CHECKPOINTS, run_name
 from sam_lightning.runs.overwrite import replaceable
 from sam_lightning.runs.settings import hparams_of
 from sam_lightning.training import SharpnessAwareModule

@@ -10,7 +10,7 @@ from lightning.pytorch import LightningModule
 from matplotlib.figure import Figure
 
 from sam_lightning.cli.landscape_figures import line, planes
-from sam_lightning.runs.directory import read_checkpoint
+from sam_lightning.runs.checkpoints import read_checkpoint
 from sam_lightning.runs.figure_files import save
 from sam_lightning.sharpness.batches import samples_in
 from sam_lightning.sharpness.landscape import Direction, direction_to, random_direction, scan

@@ -10,7 +10,7 @@ import torch
 import sam_lightning
 from sam_lightning.cli.sharpness import MeasureError
 from sam_lightning.data import DataError
-from sam_lightning.runs.directory import CheckpointError
+from sam_lightning.runs.checkpoints import CheckpointError
 from sam_lightning.runs.extras import MissingExtraError
 from sam_lightning.runs.overwrite import RunExistsError
 from sam_lightning.training.divergence import DivergedError

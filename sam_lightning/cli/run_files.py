@@ -7,7 +7,8 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from sam_lightning.runs.directory import CONFIG, CheckpointError, read_checkpoint, write_config
+from sam_lightning.runs.checkpoints import CheckpointError, find_checkpoint, read_checkpoint
+from sam_lightning.runs.directory import CONFIG, write_config
 from sam_lightning.runs.overwrite import remove_replaced, set_aside
 from sam_lightning.runs.settings import as_text, differences_to_checkpoint
 
@@ -67,3 +68,19 @@ def compare_with_checkpoint(path: Path, config: Mapping[str, Any], is_resumed: b
             f"{message}\nResume with the run's own (fit --ckpt_path {run}), or start a new run without --ckpt_path."
         )
     print(f"sam-lightning: note: {message}", file=sys.stderr)
+
+
+def with_run_config(args: list[str]) -> list[str]:
+    """The arguments, with the run's `config.yaml` beneath them if they name a run and no configuration."""
+    given = [arg.partition("=")[0] for arg in args]
+    if "--ckpt_path" not in given or {"-c", "--config", "--model"} & set(given):
+        return args
+    at = given.index("--ckpt_path")
+    value = args[at].partition("=")[2] or "".join(args[at + 1 : at + 2])
+    if value in ("", "last", "best", "null"):
+        return args
+    path = find_checkpoint(Path(), value)
+    run = path.parent.parent
+    if not (run / CONFIG).is_file():
+        raise CheckpointError(f"--ckpt_path {value}: no {CONFIG} in {run.resolve()}. Give the configuration by -c.")
+    return [args[0], "--config", str(run / CONFIG), "--trainer.default_root_dir", str(run), *args[1:]]

@@ -12,7 +12,8 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 
 from sam_lightning.callbacks.sharpness_monitor import measure_module
 from sam_lightning.runs.atomic_files import replacing
-from sam_lightning.runs.directory import SHARPNESS, find_checkpoint, read_checkpoint
+from sam_lightning.runs.checkpoints import find_checkpoint, read_checkpoint
+from sam_lightning.runs.directory import SHARPNESS
 from sam_lightning.runs.extras import require
 from sam_lightning.sharpness import Settings
 from sam_lightning.sharpness.batches import samples_in

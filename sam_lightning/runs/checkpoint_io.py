@@ -9,7 +9,7 @@ import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
 
 from sam_lightning.runs.atomic_files import replacing
-from sam_lightning.runs.directory import CheckpointError
+from sam_lightning.runs.checkpoints import CheckpointError
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):

@@ -24,7 +24,8 @@ from sam_lightning.callbacks import EpochHistory, WeightHistograms
 from sam_lightning.callbacks.sharpness_monitor import SharpnessMonitor
 from sam_lightning.cli import CLI, main
 from sam_lightning.runs.atomic_files import replacing
-from sam_lightning.runs.directory import RESULT, WEIGHTS, read_checkpoint
+from sam_lightning.runs.checkpoints import read_checkpoint
+from sam_lightning.runs.directory import RESULT, WEIGHTS
 from sam_lightning.runs.overwrite import has_checkpoints
 from sam_lightning.studies.sharpness_spec import SharpnessSpec
 

@@ -16,7 +16,7 @@ from commands import BASE, QUICK, ROOT, fails, fit
 from regression import Regression, assert_same, loader, state_of
 from sam_lightning.cli import main
 from sam_lightning.runs.checkpoint_io import AtomicCheckpointIO
-from sam_lightning.runs.directory import read_checkpoint
+from sam_lightning.runs.checkpoints import read_checkpoint
 from sam_lightning.sharpness import Settings, measure
 
 pytestmark = pytest.mark.filterwarnings(

@@ -18,7 +18,7 @@ from launch import environment, free_port
 from regression import SAM_SGD, Regression, assert_same, loader, state_of
 from sam_lightning.cli import main
 from sam_lightning.models import ImageClassifier, digits_cnn
-from sam_lightning.runs.directory import find_checkpoint, read_checkpoint
+from sam_lightning.runs.checkpoints import find_checkpoint, read_checkpoint
 
 RUN = Path("runs/digits-sam-seed1")
 SAM = ["--model.optimizer", f"{ROOT}/configs/optimizers/sam.yaml"]

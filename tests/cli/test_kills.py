@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from launch import ROOT, environment
-from sam_lightning.runs.directory import read_checkpoint
+from sam_lightning.runs.checkpoints import read_checkpoint
 
 EPOCHS = 4
 SERVER = Path(__file__).parents[1] / "helpers/forked_fit.py"

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from commands import QUICK, ROOT, fails, fit
 from sam_lightning import SAM
 from sam_lightning.cli import main
-from sam_lightning.runs.directory import read_checkpoint
+from sam_lightning.runs.checkpoints import read_checkpoint
 from sam_lightning.training.module import SharpnessAwareModule
 
 SHORT = [*QUICK, "--trainer.max_epochs", "1", "--trainer.default_root_dir", "run"]

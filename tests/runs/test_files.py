@@ -7,7 +7,7 @@ import torch
 
 from sam_lightning.runs.atomic_files import replacing
 from sam_lightning.runs.checkpoint_io import AtomicCheckpointIO
-from sam_lightning.runs.directory import CheckpointError
+from sam_lightning.runs.checkpoints import CheckpointError
 
 
 def test_a_draft_takes_the_place_of_the_file(tmp_path):

@@ -15,7 +15,7 @@ from commands import fails, fit
 from regression import assert_same, state_of
 from sam_lightning.cli import main
 from sam_lightning.cli.landscape_figures import line, planes
-from sam_lightning.runs.directory import read_checkpoint
+from sam_lightning.runs.checkpoints import read_checkpoint
 from sam_lightning.sharpness.landscape import direction_to, random_direction, scan
 
 ABOUT = {"seed": 0}

@@ -14,7 +14,8 @@ import torch
 
 from killing import PLAN
 from launch import ROOT, environment
-from sam_lightning.runs.directory import LOG, RESULT, read_checkpoint
+from sam_lightning.runs.checkpoints import read_checkpoint
+from sam_lightning.runs.directory import LOG, RESULT
 from sam_lightning.studies.runs import runs_of
 from sam_lightning.studies.spec import load
 from sam_lightning.studies.worker_pool import Worker
