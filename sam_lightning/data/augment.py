@@ -5,6 +5,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from sam_lightning.data.sampler import AUGMENTATION, generator_of
+from sam_lightning.runs.threads import threads_for
+
+STEPS = 10  # of crop and flip, each over about as many entries as the images have
 
 
 def crop_and_flip(images: Tensor, top: Tensor, left: Tensor, flip: Tensor, padding: int) -> Tensor:
@@ -60,8 +63,9 @@ class CropAndFlip:
         if not (self.crop or self.flip):
             return images
         corners, flips = self._drawn(epoch, images.device)
-        top, left = corners[samples].unbind(1)
-        return crop_and_flip(images, top, left, flips[samples], self.padding)
+        with threads_for(STEPS * images.numel()):
+            top, left = corners[samples].unbind(1)
+            return crop_and_flip(images, top, left, flips[samples], self.padding)
 
     def _drawn(self, epoch: int, device: torch.device) -> tuple[Tensor, Tensor]:
         if self._draws is None or self._epoch != (epoch, device):

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from sam_lightning.runs.threads import threads_for
+
 Batch: TypeAlias = tuple[Tensor, Tensor, Tensor]  # uint8 images (B, C, H, W), labels (B,), sample numbers (B,)
 
 
@@ -28,7 +30,8 @@ class Images(Dataset[Batch]):
 
     def __getitems__(self, positions: list[int]) -> Batch:
         at = torch.tensor(positions)
-        return self.images[at], self.labels[at], self.samples[at]
+        with threads_for(len(at) * self.images[0].numel()):
+            return self.images[at], self.labels[at], self.samples[at]
 
     def subset(self, positions: Tensor) -> "Images":
         """The samples at `positions`, in that order."""

@@ -5,7 +5,11 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
+from sam_lightning.runs.threads import threads_for
+
 Normalisation: TypeAlias = Literal["unit", "half", "standard"]
+
+STEPS = 4  # each over all entries
 
 
 class Normalise:
@@ -29,6 +33,10 @@ class Normalise:
 
     def __call__(self, images: Tensor) -> Tensor:
         """uint8 images (B, C, H, W) as float32 of the same shape."""
+        with threads_for(STEPS * images.numel()):
+            return self._normalised(images)
+
+    def _normalised(self, images: Tensor) -> Tensor:
         images = images.to(torch.float32).div_(self.white)
         if self.normalisation == "unit":
             return images

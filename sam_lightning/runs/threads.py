@@ -33,7 +33,9 @@ def threads_for(operations: float) -> Iterator[int]:
         The number of threads.
     """
     before = torch.get_num_threads()
-    threads = max(1, int(min(before, usable_cores(), operations / OPERATIONS_PER_THREAD)))
+    threads = max(1, int(min(before, operations / OPERATIONS_PER_THREAD)))
+    if threads > 1:  # only then: to ask for the cores reads files
+        threads = min(threads, usable_cores())
     if threads != before:
         torch.set_num_threads(threads)
     try:

@@ -6,7 +6,11 @@ import os
 import pytest
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
+from sam_lightning.data.augment import CropAndFlip
+from sam_lightning.data.images import Images
+from sam_lightning.data.normalise import Normalise
 from sam_lightning.runs import threads
 from sam_lightning.runs.threads import OPERATIONS_PER_THREAD, threads_for, usable_cores
 from sam_lightning.sharpness import worst_case_sharpness
@@ -76,4 +80,34 @@ def test_small_networks_are_measured_with_one_thread(width, expected):
 
     worst_case_sharpness(network, loss, [torch.randn(500, width)], rho=0.1)
     assert seen[-1] == expected
+    assert torch.get_num_threads() == 4
+
+
+class LargeResults(TorchFunctionMode):
+    """Sees with how many threads results of so many entries and more are computed."""
+
+    def __init__(self, entries):
+        super().__init__()
+        self.entries, self.threads = entries, set()
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and result.numel() >= self.entries:
+            self.threads.add(torch.get_num_threads())
+        return result
+
+
+def test_batches_are_prepared_with_one_thread():
+    images = Images(torch.randint(256, (200, 3, 16, 16), dtype=torch.uint8), torch.arange(200) % 10)
+    augment = CropAndFlip(len(images), seed=0, crop=True, flip=True)
+    normalise = Normalise("half", 255.0, (0.5,), (0.5,))
+    with LargeResults(128 * 3 * 16 * 16) as results:
+        batch, _, samples = images.__getitems__(list(range(128)))
+        assert results.threads == {1}
+        results.threads.clear()
+        batch = augment(batch, samples, epoch=0)
+        assert results.threads == {1}
+        results.threads.clear()
+        normalise(batch)
+        assert results.threads == {1}
     assert torch.get_num_threads() == 4
