@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from method_figure import accuracy_and_cost
 from method_tables import methods_section
 from PIL import Image
-from study_tables import HERE, PAPER, STUDIES, quickstart_section, results_section, sharpness_section
+from study_tables import HERE, STUDIES, quickstart_section, results_section, sharpness_section
 
 from sam_lightning.cli.landscape_figures import planes
 from sam_lightning.runs.figure_files import STYLE
@@ -62,7 +62,10 @@ def figures() -> dict[str, tuple[str, Callable[[Path], Figure]]]:
     return {
         "quickstart": ("quickstart", quickstart),
         "landscape": ("landscape", landscape),
-        **{f"study-{name.lower()}": (folder, curves(file)) for name, folder, file in PAPER if name != "corrected"},
+        "study-a": ("a-h200", curves("a")),
+        "study-a-seed-20": ("a-h200-seed-20", curves("a")),
+        "study-b": ("b-64", curves("b")),
+        "study-c": ("c", curves("c")),
         "methods": ("methods", accuracy_and_cost),
         "sharpness": (
             "sharpness",

@@ -1,5 +1,6 @@
 """What the studies came to, as Markdown, from the CSV files in `results`."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -8,12 +9,26 @@ from sam_lightning.studies import sharpness_statistics
 from sam_lightning.studies.conclusions import conclusions
 from sam_lightning.studies.results import read
 from sam_lightning.studies.spec import load
-from sam_lightning.studies.statistics import differences, is_tested_every_epoch, outcomes, published, summary
+from sam_lightning.studies.statistics import (
+    differences,
+    is_tested_every_epoch,
+    outcomes,
+    published,
+    summary,
+    validated,
+)
 
 HERE = Path(__file__).resolve().parent
 STUDIES = HERE.parent / "configs/studies"
 # The paper's studies: name, folder in results/, study.
-PAPER = [("A", "a", "a"), ("B", "b-64", "b"), ("C", "c", "c"), ("corrected", "corrected", "corrected")]
+PAPER = [
+    ("A", "a", "a"),
+    ("A longer", "a-h200", "a"),
+    ("A longest", "a-h200-seed-20", "a"),
+    ("B", "b-64", "b"),
+    ("C", "c", "c"),
+    ("corrected", "corrected", "corrected"),
+]
 
 
 def quickstart_section() -> str:
@@ -63,8 +78,12 @@ def results_section() -> str:
                     "authors' loss": f"{theirs['train_loss']:.3f}" if theirs else "",
                 }
             )
+        lengths = results.runs.epochs
+        if lengths.nunique() > 1:  # arms that were stopped at equal compute
+            shortest = replace(results, runs=results.runs.assign(epochs=lengths.min()))
+            margins += margins_of(name, study, validated(shortest), chosen)
         margins += margins_of(name, study, full, chosen)
-        if tested_every_epoch and results.runs.gradients_per_step.nunique() > 1:
+        if tested_every_epoch and lengths.nunique() == 1 and results.runs.gradients_per_step.nunique() > 1:
             margins += margins_of(name, study, outcomes(results, equal_compute=True), chosen)
     table = pd.DataFrame(rows).to_markdown(index=False, disable_numparse=True)
     about = (

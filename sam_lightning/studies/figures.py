@@ -42,19 +42,24 @@ def draw(study: Study, results: Results) -> dict[str, Figure]:
 
 
 def accuracy(study: Study, results: Results) -> Figure:
-    """Accuracy per epoch: mean over seeds, band of one standard deviation."""
+    """Accuracy per epoch: mean over seeds, band of one standard deviation; what was published, as crosses."""
     return _curves(
         study,
         results.epochs.assign(value=100 * results.epochs.accuracy),
         f"{_evaluated(results)} (%)",
         logarithmic=False,
+        published="last",
     )
 
 
 def training_loss(study: Study, results: Results) -> Figure:
-    """Training loss per epoch, logarithmic: mean over seeds, band of one standard deviation."""
+    """Training loss per epoch, logarithmic: mean over seeds, band of one standard deviation; published ones too."""
     return _curves(
-        study, results.epochs.assign(value=results.epochs.train_loss), "Training loss (cross entropy)", logarithmic=True
+        study,
+        results.epochs.assign(value=results.epochs.train_loss),
+        "Training loss (cross entropy)",
+        logarithmic=True,
+        published="train_loss",
     )
 
 
@@ -156,12 +161,13 @@ def _evaluated(results: Results) -> str:
     return f"{'Test' if is_tested_every_epoch(results) else 'Validation'} accuracy"
 
 
-def _curves(study: Study, epochs: pd.DataFrame, name: str, logarithmic: bool) -> Figure:
-    """A panel per point of the grid, a line per arm."""
+def _curves(study: Study, epochs: pd.DataFrame, name: str, logarithmic: bool, published: str = "") -> Figure:
+    """A panel per point of the grid, a line per arm, and crosses at the published numbers of this name."""
     points = list(dict.fromkeys(cell.point for cell in study.cells() if cell.label in set(epochs.cell)))
     figure, panels = _panels(len(points))
     for panel, point in zip(panels, points, strict=True):
         draw_curves(panel, study, epochs, point, logarithmic)
+        _draw_published(panel, study, epochs, point, published)
         if len(points) > 1:
             panel.set_title(", ".join(f"{short(key).replace('_', ' ')} {value}" for key, value in point))
     panels[0].set_ylabel(name)
@@ -196,6 +202,20 @@ def draw_curves(panel: Axes, study: Study, epochs: pd.DataFrame, point: Point = 
     if epochs.epoch.max() < 3:
         panel.set_xlim(0.5, epochs.epoch.max() + 0.5)
     panel.legend()
+
+
+def _draw_published(panel: Axes, study: Study, epochs: pd.DataFrame, point: Point, metric: str) -> None:
+    """Crosses in the colours of the arms, at epochs that some run has reached."""
+    drawn = []
+    for i, arm in enumerate(study.arms):
+        rows = [row for row in study.reference if row["arm"] == arm and all(row.get(key) == v for key, v in point)]
+        rows = [row for row in rows if metric in row and row["epochs"] <= epochs.epoch.max()]
+        if rows and Cell(arm, point).label in set(epochs.cell):
+            values = [row[metric] for row in rows]
+            drawn += panel.plot([row["epochs"] for row in rows], values, "x", color=_COLOURS[i % 6], ms=5)
+    if drawn:
+        drawn[0].set_label("published")
+        panel.legend()
 
 
 def _panels(count: int) -> tuple[Figure, list[Axes]]:
