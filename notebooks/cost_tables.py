@@ -84,13 +84,15 @@ def method_lines(info: dict) -> list[str]:
     if not set(networks.values()) <= info.keys():
         return []
     copies = info["i_memory"]["copies"]
+
+    def ratio(name: str, method: str) -> str:
+        seconds = info[name]["seconds"]
+        return f"{seconds[method] / seconds['SGD']:.2f}"
+
     rows = [
         {
             "method": method,
-            **{
-                f"{network}, n = {info[name]['n']}": f"{info[name]['seconds'][method] / info[name]['seconds']['SGD']:.2f}"
-                for network, name in networks.items()
-            },
+            **{f"{network}, n = {info[name]['n']}": ratio(name, method) for network, name in networks.items()},
             "copies of the weights": f"{copies[method]:.1f}" if method in copies else "",
         }
         for method in info["i_methods[digits]"]["seconds"]

@@ -293,7 +293,8 @@ def test_every_figure_has_axes_legend_and_data(study, results):
             (legend,) = figure.legends or [panel.get_legend()]
             labels = [text.get_text() for text in legend.get_texts()]
             assert labels, name
-            assert all(label.partition(" (")[0] in study.arms for label in labels), labels  # no directory names
+            names = {*study.arms, "published"}
+            assert all(label.partition(" (")[0] in names for label in labels), labels  # no directory names
         assert figure.axes[0].get_ylabel(), name
     assert figures["loss"].axes[0].get_yscale() == figures["weights"].axes[0].get_yscale() == "log"
     assert figures["curves"].axes[0].get_ylabel() == "Test accuracy (%)"
@@ -311,6 +312,19 @@ def test_curves_are_means_with_a_band_of_one_deviation(study, results):
     assert at_two == pytest.approx([center - deviation, center + deviation])
 
 
+@pytest.mark.parametrize(("figure", "value"), [("curves", 59.0), ("loss", 0.5)])
+def test_published_numbers_stand_beside_the_curves_as_far_as_these_go(study, results, figure, value):
+    panel = draw(study, results)[figure].axes[0]
+    crosses = [line for line in panel.lines if line.get_marker() == "x"]
+    assert [(list(c.get_xdata()), list(c.get_ydata())) for c in crosses] == [([4], [value])]  # SAM's is of epoch 100
+    sgd = next(line for line in panel.lines if line.get_label().startswith("SGD"))
+    assert crosses[0].get_color() == sgd.get_color()
+    assert "published" in [text.get_text() for text in panel.get_legend().get_texts()]
+    assert not [
+        line for line in draw(replace(study, reference=[]), results)[figure].axes[0].lines if line.get_marker() == "x"
+    ]
+
+
 @pytest.mark.parametrize("epochs", [1, 3])
 def test_epochs_are_whole_numbers(study, results, epochs):
     begun = replace(results, epochs=results.epochs[results.epochs.epoch <= epochs])
@@ -322,7 +336,7 @@ def test_epochs_are_whole_numbers(study, results, epochs):
 
 def test_arms_differ_in_colour_and_in_line(study, results):
     for figure in draw(study, results).values():
-        lines = [line for line in figure.axes[0].lines if not line.get_label().startswith("_")]
+        lines = [line for line in figure.axes[0].lines if line.get_label().partition(" (")[0] in study.arms]
         assert (
             len({to_hex(line.get_color()) for line in lines})
             == len({line.get_linestyle() for line in lines})
