@@ -14,7 +14,14 @@ from matplotlib.figure import Figure
 from method_figure import accuracy_and_cost
 from method_tables import methods_section
 from PIL import Image
-from study_tables import HERE, STUDIES, quickstart_section, results_section, sharpness_section
+from study_tables import (
+    HERE,
+    STUDIES,
+    label_noise_section,
+    quickstart_section,
+    results_section,
+    sharpness_section,
+)
 
 from sam_lightning.cli.landscape_figures import planes
 from sam_lightning.runs.figure_files import STYLE
@@ -27,7 +34,12 @@ FIGURES = HERE / "figures"
 # By page: what stands between `<!-- name: by notebooks/regenerate.py -->` and `<!-- end of name -->`.
 SECTIONS: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"quickstart": quickstart_section},
-    "notebooks/README.md": {"results": results_section, "methods": methods_section, "sharpness": sharpness_section},
+    "notebooks/README.md": {
+        "results": results_section,
+        "label-noise": label_noise_section,
+        "methods": methods_section,
+        "sharpness": sharpness_section,
+    },
     "tests/benchmarks/README.md": {"cost": cost_section},
 }
 
@@ -66,6 +78,7 @@ def figures() -> dict[str, tuple[str, Callable[[Path], Figure]]]:
         "study-a-seed-20": ("a-h200-seed-20", curves("a")),
         "study-b": ("b-64", curves("b")),
         "study-c": ("c", curves("c")),
+        "label-noise": ("label-noise", curves("label-noise")),
         "methods": ("methods", accuracy_and_cost),
         "sharpness": (
             "sharpness",

@@ -7,7 +7,7 @@ import pandas as pd
 
 from sam_lightning.studies import sharpness_statistics
 from sam_lightning.studies.conclusions import conclusions
-from sam_lightning.studies.results import read
+from sam_lightning.studies.results import missing, read
 from sam_lightning.studies.spec import load
 from sam_lightning.studies.statistics import (
     differences,
@@ -123,6 +123,31 @@ def conditions(runs: pd.DataFrame) -> str:
         versions = f"torch {torch}, lightning {lightning}, commit {commit}"
         said.append(f"{studies}: {len(group)} runs on {on} of {device}, {precision}, {versions}")
     return "; ".join(said)
+
+
+def label_noise_section() -> str:
+    """A row per arm and noise with accuracies at the last epoch, and what follows in words."""
+    study, results = load(str(STUDIES / "label-noise.yaml")), read(HERE / "results/label-noise")
+    rows = summary(study, outcomes(results, equal_compute=False))
+    table = pd.DataFrame(
+        {
+            "": row.cell,
+            "n": int(row.n),
+            "epochs": int(row.epochs),
+            "last epoch": spread(row["last"], row.last_sd, 1),
+            "best epoch": spread(row.best, row.best_sd, 1),
+            "training loss": spread(row.train_loss, row.train_loss_sd, 2),
+        }
+        for _, row in rows.iterrows()
+    ).to_markdown(index=False, disable_numparse=True)
+    words = "\n".join(f"- {sentence}" for sentence in conclusions(study, results))
+    absent = missing(study, results)
+    about = (
+        "Test accuracy (%), mean ± standard deviation over seeds; the best epoch is the test set's choice. "
+        f"{len(results.runs)} of {len(results.runs) + len(absent)} runs were made"
+        f"{conditions(results.runs.assign(study=''))}."
+    )
+    return f"{table}\n\n{words}\n\n{about}"
 
 
 def sharpness_section() -> str:
