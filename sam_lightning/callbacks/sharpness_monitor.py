@@ -6,11 +6,12 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from sam_lightning.optim import SharpnessAware
 from sam_lightning.optim.checks import check_integer
-from sam_lightning.sharpness import Settings, Sharpness, measure
+from sam_lightning.sharpness import CurvatureError, Settings, Sharpness, measure
 from sam_lightning.sharpness.adaptive import real
 from sam_lightning.tensors import global_norm
 from sam_lightning.training import SharpnessAwareTraining
@@ -41,6 +42,8 @@ class SharpnessMonitor(Callback):
     that training began with, in three logged steps in a row. There the second gradient is one of a network that
     knows less than an untrained one.
 
+    A measurement that fails, such as one of a loss that is not finite, is left out: the first one with a warning.
+
     Args:
         every_n_epochs: Epochs from one measurement to the next; 0: none.
         samples: Training samples that are measured on, of all processes together.
@@ -59,6 +62,7 @@ class SharpnessMonitor(Callback):
         self.history: list[dict[str, float]] = []
         self._first_loss: float | None = None
         self._alarms = 0
+        self._has_failed = False
         self._weights: list[Tensor] | None = None
         self._gradient: list[Tensor] = []
         self._signals: dict[str, Tensor] = {}
@@ -140,7 +144,13 @@ class SharpnessMonitor(Callback):
         if not self.every_n_epochs or epoch % self.every_n_epochs:
             return
         batches = training_sample(trainer, self.samples, self.settings.seed)
-        found = measure_module(pl_module, batches, self.settings)
+        try:
+            found = measure_module(pl_module, batches, self.settings)
+        except CurvatureError as error:  # in every process alike
+            if not self._has_failed:
+                rank_zero_warn(f"sharpness is not measured after epoch {epoch}, and training goes on: {error}")
+            self._has_failed = True
+            return
         values = {name: value for name, (value, _) in found.rows().items()}
         self.history.append({"epoch": epoch, **values})
         pl_module.log_dict({f"sharpness/{name}": value for name, value in values.items()})

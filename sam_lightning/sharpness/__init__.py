@@ -14,6 +14,7 @@ arXiv 2302.07011.
 from sam_lightning.sharpness.adaptive import Adaptive
 from sam_lightning.sharpness.average_case import average_case_sharpness
 from sam_lightning.sharpness.eigenvalues import largest_eigenvalues
+from sam_lightning.sharpness.lanczos import CurvatureError
 from sam_lightning.sharpness.measures import Measures, Settings, Sharpness, measure
 from sam_lightning.sharpness.objective import Estimate
 from sam_lightning.sharpness.preserved_state import preserved_state
@@ -22,6 +23,7 @@ from sam_lightning.sharpness.worst_case import worst_case_sharpness
 
 __all__ = [
     "Adaptive",
+    "CurvatureError",
     "Estimate",
     "Measures",
     "Settings",

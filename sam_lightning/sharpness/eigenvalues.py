@@ -44,7 +44,7 @@ def largest_eigenvalues(
 
     Raises:
         ValueError: If `count` or `tolerance` is outside what is allowed.
-        RuntimeError: If the Hessian is not finite, torch differentiates the network wrongly, or the iteration does
+        CurvatureError: If the Hessian is not finite, torch differentiates the network wrongly, or the iteration does
             not converge.
 
     Cost: 8 products with the Hessian over all data on the trained digits network and 22 on the untrained one, each as

@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sam_lightning.sharpness.adaptive import Adaptive, real
 from sam_lightning.sharpness.batches import samples_in
-from sam_lightning.sharpness.lanczos import inner
+from sam_lightning.sharpness.lanczos import CurvatureError, inner
 from sam_lightning.sharpness.objective import Loss, Objective, objective_of
 from sam_lightning.sharpness.preserved_state import BatchNorm
 
@@ -97,7 +97,7 @@ class Hessian:
         r"""Compares $a^\top H b$ with $b^\top H a$ for random a and b: their difference is about $\|H - H^\top\|_F$.
 
         Raises:
-            RuntimeError: If it is not small against $\|H a\|$, about $\|H\|_F$, or if H is not finite.
+            CurvatureError: If it is not small against $\|H a\|$, about $\|H\|_F$, or if H is not finite.
         """
         a, b = self.normal(), self.normal()
         Ha, Hb = torch.zeros_like(a), torch.zeros_like(b)
@@ -107,9 +107,9 @@ class Hessian:
         self.objective.sum_over_processes([Ha, Hb])
         aHb, bHa, square = (float(self.inner(x[None], y)) for x, y in ((a, Hb), (b, Ha), (Ha, Ha)))
         if not all(map(isfinite, (aHb, bHa, square))):
-            raise RuntimeError("the Hessian is not finite: the loss or its gradient overflows at these weights.")
+            raise CurvatureError("the Hessian is not finite: the loss or its gradient overflows at these weights.")
         if abs(aHb - bHa) > _ASYMMETRY * sqrt(square):
-            raise RuntimeError(
+            raise CurvatureError(
                 f"torch's second derivatives of this network are wrong: a^T H b = {aHb:.6g} and b^T H a = {bHa:.6g} "
                 "for random a and b, which are equal for every Hessian H. weight_norm is known for it: remove it from "
                 "the layers that have it (torch.nn.utils.parametrize.remove_parametrizations), or measure "

@@ -9,6 +9,10 @@ _CHUNK = 2**14  # entries added up in single precision, which over 1e7 loses up 
 _MOST_PRODUCTS = 1000
 
 
+class CurvatureError(RuntimeError):
+    """Second derivatives that are not finite, not there, or wrong, or eigenvalues that are not found."""
+
+
 def inner(vectors: Tensor, vector: Tensor) -> Tensor:
     """Inner products of (K, P) with (P,): (K,), in float64."""
     chunks = zip(torch.split(vectors, _CHUNK, dim=1), torch.split(vector, _CHUNK), strict=True)
@@ -37,7 +41,7 @@ def largest(
         inner: Inner products of (K, P) with (P,), in float64.
 
     Raises:
-        RuntimeError: If a product is not finite, or 1000 are not enough.
+        CurvatureError: If a product is not finite, or 1000 are not enough.
 
     Memory: 2 `count` + 7 vectors, and two for a product. An eigenvalue that A has several times may be found fewer
     times, unless rounding brings the others in.
@@ -56,7 +60,7 @@ def largest(
     while True:
         for j in range(kept, size):
             if products == _MOST_PRODUCTS:
-                raise RuntimeError(
+                raise CurvatureError(
                     f"{products} products with the matrix did not find its {count} largest eigenvalues: raise the "
                     f"tolerance, now {tolerance}."
                 )
@@ -64,7 +68,7 @@ def largest(
             products += 1
             A[: j + 1, j] = A[j, : j + 1] = column
             if not A.isfinite().all():
-                raise RuntimeError("a product with the matrix is not finite.")
+                raise CurvatureError("a product with the matrix is not finite.")
             values, s = torch.linalg.eigh(A[: j + 1, : j + 1])
             values, s = values.flip(0), s.flip(1)
             errors = beta * s[j, :count].abs()

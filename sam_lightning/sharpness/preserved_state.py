@@ -5,7 +5,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Literal, TypeAlias
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sam_lightning.sharpness.batches import HALF
 
@@ -71,11 +71,19 @@ def preserved_state(network: nn.Module, batch_norm: BatchNorm = "running", seed:
                 if before is None:
                     tensor.data = storage  # never written to
                 else:
-                    tensor.copy_(before)
+                    _without_repeats(tensor, like=tensor).copy_(_without_repeats(before, like=tensor))
         for module, training in modes:
             module.training = training
         for module, tracks in tracking:
             module.track_running_stats = tracks
+
+
+def _without_repeats(tensor: Tensor, like: Tensor) -> Tensor:
+    """The part with every entry of `like` once: torch writes to no view that `expand` made, whose stride is 0."""
+    for dim, stride in enumerate(like.stride()):
+        if stride == 0 and tensor.size(dim) > 1:
+            tensor = tensor.narrow(dim, 0, 1)
+    return tensor
 
 
 @contextmanager

@@ -43,7 +43,7 @@ def hessian_trace(
 
     Raises:
         ValueError: If `draws` is less than 2.
-        RuntimeError: If the Hessian is not finite, or torch differentiates the network wrongly.
+        CurvatureError: If the Hessian is not finite, or torch differentiates the network wrongly.
 
     Cost: one gradient over all data, and as many products with the Hessian as draws.
 

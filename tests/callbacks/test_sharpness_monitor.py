@@ -244,6 +244,38 @@ def test_any_module_on_any_loader_is_measured_on_the_same_samples_each_time(trai
     assert first["trace"] != 0
 
 
+class NotFinite(Plain):
+    """Its loss is not finite while it is measured, at finite weights."""
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        return loss * float("nan") if vars(self).get("_is_measured") else loss
+
+
+class WrongCurvature(Plain):
+    """Torch's second derivatives of weight_norm are wrong."""
+
+    def __init__(self):
+        super().__init__()
+        torch.nn.utils.parametrizations.weight_norm(self.net[0])
+        with torch.no_grad():
+            self.net[0].parametrizations.weight.original1.mul_(torch.rand(6, 4) + 0.5)
+
+
+@pytest.mark.parametrize("module", [NotFinite, WrongCurvature])
+def test_a_measurement_that_fails_is_told_once_and_training_goes_on(trainer, module):
+    monitor = SharpnessMonitor(1, samples=16, settings=QUICK)
+    made = trainer(callbacks=[SharpnessAwareTraining("SAM", rho=0.01), monitor], max_epochs=3)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        made.fit(module(), batches())
+    said = [str(found.message) for found in caught if "training goes on" in str(found.message)]
+    assert len(said) == 1
+    assert said[0].startswith("sharpness is not measured after epoch 1, and training goes on: ")
+    assert made.global_step == 12
+    assert monitor.history == []
+
+
 def test_measures_reach_a_studys_results(tmp_path):
     monitor = SharpnessMonitor(1, samples=64, settings=QUICK)
     words = ["fit", *BASE, "--model.optimizer", f"{ROOT}/configs/optimizers/sam.yaml", *FEW]

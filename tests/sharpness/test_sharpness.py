@@ -391,6 +391,22 @@ def test_a_network_that_updates_buffers_in_evaluation_is_as_before():
     assert network.calls == 0
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_buffers_that_are_expanded_views_are_as_before(dtype):
+    """One value in memory stands for many entries."""
+    network = nn.Linear(3, 1)
+    network.register_buffer("rows", torch.arange(3.0).to(dtype)[:, None].expand(3, 4))
+    network.register_buffer("number", torch.ones((), dtype=dtype).expand(2, 2))
+    before = {name: (buffer.clone(), buffer.stride(), buffer.data_ptr()) for name, buffer in network.named_buffers()}
+    with preserved_state(network):
+        for buffer in network.buffers():
+            buffer[0, 0] += 1  # in evaluation mode, as some layers do
+    for name, buffer in network.named_buffers():
+        values, stride, memory = before[name]
+        assert torch.equal(buffer, values)
+        assert (buffer.stride(), buffer.data_ptr()) == (stride, memory)
+
+
 def test_measures_work_without_gradients_around_them():
     network = Classifier()
     with torch.no_grad():
