@@ -1,6 +1,8 @@
 """A run's settings, and where two runs differ in what they train."""
 
+import inspect
 import json
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -55,13 +57,44 @@ def settings(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
-    """(setting, there, here) of each that differs; `not set` for one that is missing."""
-    a, b = dict(flatten(there)), dict(flatten(here))
+    """(setting, there, here) of each that differs; `not set` for one that is missing and has no default.
+
+    A run that was written before a class gained an option has trained with what is now its default.
+    """
+    named = {**dict(flatten(there)), **dict(flatten(here))}
+    a, b = dict(flatten(_with_defaults(there))), dict(flatten(_with_defaults(here)))
     return [
         (key, a.get(key, "not set"), b.get(key, "not set"))
-        for key in sorted({**a, **b})
+        for key in sorted(named)
         if a.get(key) != b.get(key) and key.rpartition(".")[2] not in FREE_OF_CONSEQUENCE
     ]
+
+
+def _with_defaults(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """The tree with the defaults of its classes where it says nothing."""
+    filled = {key: _with_defaults(value) if isinstance(value, Mapping) else value for key, value in tree.items()}
+    if "_class_path" in tree:
+        return {**_defaults(tree["_class_path"]), **filled}
+    if "class_path" in tree:
+        return {**filled, "init_args": {**_defaults(tree["class_path"]), **(filled.get("init_args") or {})}}
+    return filled
+
+
+def _defaults(class_path: str) -> dict[str, Any]:
+    """A class's options with plain defaults; nothing is imported, since a checkpoint may name anything."""
+    module, _, name = class_path.rpartition(".")
+    cls = getattr(sys.modules.get(module), name, None)
+    found: dict[str, Any] = {}
+    for base in inspect.getmro(cls) if inspect.isclass(cls) else ():
+        if "__init__" not in vars(base) or base is object:
+            continue
+        parameters = inspect.signature(base.__init__).parameters.values()  # type: ignore[misc]
+        for parameter in parameters:
+            if parameter.default is None or isinstance(parameter.default, (bool, int, float, str)):
+                found.setdefault(parameter.name, parameter.default)
+        if all(parameter.kind is not parameter.VAR_KEYWORD for parameter in parameters):
+            break  # it hands no options on
+    return found
 
 
 def as_text(found: Sequence[tuple[str, Any, Any]], where: str) -> str:
