@@ -10,6 +10,7 @@ from sam_lightning.optim.blend import Blend
 from sam_lightning.optim.gradients import dense, gradients, refuse_sparse
 from sam_lightning.optim.method import Method
 from sam_lightning.optim.parameter_groups import RadiusGroups
+from sam_lightning.optim.rounding import warn_of_rounding
 from sam_lightning.tensors.copies import copy
 from sam_lightning.tensors.shards import local_parts
 from sam_lightning.tensors.vectors import add_
@@ -62,7 +63,7 @@ class Perturbation(Method, RadiusGroups):
         try:
             now.is_perturbed = True
             now.blend = Blend(a, b, with_first) if perturbs and a != 0 else None
-            self._move(groups)
+            self._move(groups, saved)
             yield perturbs
             if now.blend is not None:
                 now.blend.finish(self._with_gradient())
@@ -88,15 +89,19 @@ class Perturbation(Method, RadiusGroups):
         return groups
 
     @torch.no_grad()
-    def _move(self, groups: list[tuple[float, list[Tensor]]]) -> None:
+    def _move(self, groups: list[tuple[float, list[Tensor]]], saved: list[Tensor]) -> None:
         weights = [weight for _, group in groups for weight in group]
         if not weights:
             return
         e = self.displacement(weights, gradients(weights) if self.needs_first_gradient else [])
+        rest = e
         for rho, group in groups:  # in the order of weights
-            add_(group, e[: len(group)], rho)
-            e = e[len(group) :]
+            add_(group, rest[: len(group)], rho)
+            rest = rest[len(group) :]
         torch.clear_autocast_cache()  # autocast keeps copies of the weights, and does not see that they moved
+        if not self._now.knows_rounding:
+            radii = [rho for rho, group in groups for _ in group]
+            self._now.knows_rounding = warn_of_rounding(type(self).__name__, saved, local_parts(weights), e, radii)
 
     @torch.no_grad()
     def _combine(self, kept: list[Tensor] | None, first: list[Tensor] | None) -> None:

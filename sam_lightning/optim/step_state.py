@@ -19,6 +19,7 @@ class StepState:
         is_perturbed: Whether the weights are at w + e.
         has_ascended: Whether `perturbed()` has been left without an error since the last step.
         has_warned: Whether the user has been told of steps without `perturbed()`.
+        knows_rounding: Whether a displacement was compared with what half precision leaves of it.
         loss_scale: What the gradients of this step are multiplied by.
         blend: The mixture of both gradients that is under way, if it is one.
         both: Parameters with a gradient in both passes, and what `descent` left in the copies of the first one.
@@ -30,6 +31,7 @@ class StepState:
     is_perturbed: bool = False
     has_ascended: bool = False
     has_warned: bool = False
+    knows_rounding: bool = False
     loss_scale: float | Tensor = 1.0
     blend: Blend | None = None
     both: tuple[list[Tensor], list[Tensor]] | None = None

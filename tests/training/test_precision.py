@@ -42,3 +42,12 @@ def test_bf16_weights_train_as_in_the_bare_loop(trainer, optimizer):
     batches = [(x.bfloat16(), y.bfloat16()) for x, y in loader()]
     bare_loop(network, optimizer(list(network.named_parameters())), batches)
     assert_same(state_of(module.network), state_of(network))
+
+
+def test_training_tells_once_what_rounding_leaves_of_the_displacement(trainer):
+    with pytest.warns(
+        UserWarning, match=r"SAM: weights in bfloat16 round .* of \|\|e\|\| = 0.001.*bf16-mixed"
+    ) as found:
+        trainer(precision="bf16-true").fit(Regression(partial(SAM, base=SGD, rho=1e-3)), loader())
+    assert sum("round the displacement" in str(warning.message) for warning in found) == 1
+    trainer(precision="bf16-mixed").fit(Regression(partial(SAM, base=SGD, rho=1e-3)), loader())  # a warning is an error
