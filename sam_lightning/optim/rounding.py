@@ -20,8 +20,8 @@ def warn_of_rounding(
 ) -> bool:
     r"""Warns if $\|fl(w + e) - (w + e)\| > \|e\| / 4$, where fl rounds to the weights' own type.
 
-    bfloat16 resolves |w| / 256, and e has about $\rho / \sqrt P$ in each of P weights: a weight moves by a whole unit
-    of its last place or stays. What is compared lies on this process; the host waits for the numbers.
+    bfloat16 rounds by up to |w| / 256, and e spread evenly over P weights has $\rho / \sqrt P$ in each: a weight moves
+    by whole units of its last place, or not at all. What is compared lies on this process; the host waits for it.
 
     Args:
         method: Who moves the weights, for the message.

@@ -190,6 +190,23 @@ def test_the_passes_may_run_in_the_closure():
     assert same(net.weights(), other.weights())
 
 
+def test_a_closure_that_replaces_the_gradient_at_the_perturbed_weights_is_told():
+    w = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
+    optimizer = SAM([w], partial(torch.optim.SGD, lr=0.1), rho=0.5)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = (w**4).sum()
+        loss.backward()
+        return loss
+
+    closure()
+    with optimizer.perturbed():
+        closure()
+    with pytest.warns(UserWarning, match="so this is a plain step"):
+        optimizer.step(closure)
+
+
 def test_a_closure_that_leaves_the_gradient_alone_is_no_cause_for_a_warning():
     net = Net()
     optimizer = SAM(net.parameters(), SGD)
