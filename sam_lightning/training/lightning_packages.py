@@ -13,4 +13,13 @@ def of_both_packages(cls: type[C]) -> type[C]:
     twin = sys.modules.get("pytorch_lightning")
     if twin is None or issubclass(cls, twin.Callback):
         return cls
-    return type(cls.__name__, (cls, twin.Callback), {"__module__": cls.__module__, "__qualname__": cls.__qualname__})
+    names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__}
+    # Pickled, as for processes that a Trainer spawns, it is `cls`: no module has the class that is made here.
+    return type(cls.__name__, (cls, twin.Callback), {**names, "__reduce__": lambda self: (_new, (cls,), vars(self))})
+
+
+def _new(cls: type[C]) -> C:
+    """An instance without its attributes, which unpickling sets."""
+    made = cls.__new__(cls)
+    made.__class__ = of_both_packages(cls)
+    return made

@@ -1,5 +1,7 @@
 """Lightning's promises hold with sharp steps as in plain training: hooks, schedules, options, averaging callbacks."""
 
+import copy
+import pickle
 import warnings
 from collections import Counter
 from functools import partial
@@ -249,6 +251,10 @@ def test_the_twin_package_trains_the_same_module():
     sharp_loop(expected, batches())
     assert distance(module.net, expected.net) < 1e-14
     assert made.global_step == 4
+    sharp = SharpnessAwareTraining("SAM", micro_batches=2)
+    for copied in (pickle.loads(pickle.dumps(sharp)), copy.deepcopy(sharp)):
+        assert isinstance(copied, pl.Callback)
+        assert copied.micro_batches == 2
 
 
 def test_a_child_module_logs_once_too(trainer):
