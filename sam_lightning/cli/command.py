@@ -53,7 +53,14 @@ class CLI(LightningCLI):
         own = {name: {"model", "datamodule"} for name in ("sharpness", "landscape")}
         return {**LightningCLI.subcommands(), **own}
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._words = list(sys.argv[1:] if kwargs["args"] is None else kwargs["args"])
+        super().__init__(*args, **kwargs)
+
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        asked = self._words[0] if self._words else None
+        if asked in self.subcommands() and subcommand != asked:  # each costs 50 ms, and nobody asks for its options
+            return self.init_parser(**kwargs)
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
         if subcommand == "fit":
             parser.add_argument("--overwrite", action="store_true", help="Replace an equal run in the run directory.")
@@ -65,7 +72,7 @@ class CLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parses; a command that names a run and no configuration gets the run's own."""
-        words = with_run_config(with_packaged_files(sys.argv[1:] if args is None else args))
+        words = with_run_config(with_packaged_files(self._words))
         self.config = parse(parser, words, self._subcommand_parsers)
 
     def _parse_ckpt_path(self) -> None:

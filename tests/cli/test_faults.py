@@ -2,7 +2,6 @@
 
 import pickle
 import re
-import resource
 import signal
 import subprocess
 import sys
@@ -12,6 +11,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 
+import forking
 from commands import BASE, QUICK, ROOT, fails, fit
 from killing import PLAN
 from launch import environment, free_port
@@ -168,12 +168,11 @@ def test_perturbed_weights_are_not_given_away(trainer, tmp_path):
 
 def with_file_size_limit(bytes_, *words):
     """The command in a process of its own in which no file can grow beyond a limit, as on a full disk."""
-
-    def limit():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_, bytes_))
-
-    command = [sys.executable, "-m", "sam_lightning", *words]
-    return subprocess.run(command, capture_output=True, text=True, preexec_fn=limit, env=environment(), check=False)
+    Path("limited.py").write_text(
+        f"import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, ({bytes_}, {bytes_}))\n"
+        "from sam_lightning.__main__ import main\nmain()\n"
+    )
+    return forking.run([sys.executable, "limited.py", *words], env=environment())
 
 
 def test_a_full_disk_while_saving(capsys):
@@ -344,7 +343,7 @@ def two_processes(root, *more):
     shared = {**environment(), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), PLAN: "kill.txt"}
     shared["PYTHONPATH"] += f":{ROOT}/tests/helpers"
     return [
-        subprocess.Popen(command, env={**shared, "LOCAL_RANK": str(rank)}, stderr=subprocess.PIPE, text=True)
+        forking.Popen(command, env={**shared, "LOCAL_RANK": str(rank)}, stderr=subprocess.PIPE, text=True)
         for rank in range(2)
     ]
 
@@ -364,7 +363,7 @@ def test_a_sharded_run_replaces_its_newest_checkpoint_only_by_a_complete_one():
     words = [*WORDS, *strategy, "--trainer.strategy.tensor_parallel_size", "1"]
     for epochs, more in ((2, []), (3, ["--ckpt_path", "last"])):
         command = [sys.executable, "-m", "sam_lightning", *words, "--trainer.max_epochs", str(epochs), *more]
-        done = subprocess.run(command, capture_output=True, text=True, env=environment(), check=False, timeout=120)
+        done = forking.run(command, env=environment(), timeout=120)
         assert done.returncode == 0, done.stderr[-2000:]
         last = find_checkpoint(RUN, "last")
         assert last.name == f"last-epoch={epochs - 1}.ckpt"

@@ -1,12 +1,12 @@
 """The command line in two launches of one process each, as on two machines, against one launch of two."""
 
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+import forking
 from launch import ROOT, TORCHRUN, environment, free_port
 from regression import assert_same
 
@@ -24,8 +24,8 @@ def run(folder: Path, *commands: list[str], environments=None) -> dict[str, torc
         for i, command in enumerate(commands):
             env = environment() | (environments[i] if environments else {})
             with (folder / f"output{i}").open("w") as output:
-                running.append(subprocess.Popen(command, cwd=folder, env=env, stdout=output, stderr=output))
-        codes = [process.wait(timeout=120) for process in running]
+                running.append(forking.Popen(command, cwd=folder, env=env, stdout=output, stderr=output))
+        codes = [process.wait(timeout=300) for process in running]
     finally:
         for process in running:
             process.kill()

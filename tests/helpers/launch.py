@@ -2,11 +2,12 @@
 
 import os
 import socket
-import subprocess
 import sys
 from pathlib import Path
 
 import torch
+
+import forking
 
 ROOT = Path(__file__).parents[2]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
@@ -20,7 +21,7 @@ def two_ranks(worker: str, folder: Path, *words: str, timeout: float = 900) -> l
     """Runs `tests/helpers/<worker>` as ranks 0 and 1; what each has saved as `rank<n>.pt` in `folder`."""
     command = [*TORCHRUN, "--nproc-per-node=2", "--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0"]
     command += [str(ROOT / "tests/helpers" / worker), str(folder), *words]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment(), check=False)
+    done = forking.run(command, timeout=timeout, env=environment())
     assert done.returncode == 0, done.stderr[-4000:]
     return [torch.load(folder / f"rank{rank}.pt") for rank in range(2)]
 

@@ -3,7 +3,6 @@
 import copy
 import math
 import os
-import subprocess
 import sys
 from functools import partial
 from pathlib import Path
@@ -14,6 +13,7 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
+import forking
 import oracles
 from cases import Quadratic, Rescaled
 from classifier import SAMPLES, Classifier, batches, data
@@ -523,7 +523,7 @@ def test_processes_measure_their_data_together(tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0"]
     command += ["--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", str(tmp_path / "worker.py")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment, check=False)
+    done = forking.run(command, timeout=240, env=environment)
     assert done.returncode == 0, done.stderr[-4000:]
     network = Classifier()
     what = (network, network.loss, shared_out()[0])

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import forking
 from killing import PLAN
 from launch import ROOT, environment
 from sam_lightning.runs.checkpoints import read_checkpoint
@@ -27,8 +28,11 @@ STUDY = [sys.executable, "-m", "sam_lightning", "study", "run"]
 pytestmark = pytest.mark.timeout(600)
 
 
-def begin(path, root, *more, epochs=EPOCHS, kill=None):
-    """A `study run` that goes on while the test does; `kill` says what is killed when, see `killing`."""
+def begin(path, root, *more, epochs=EPOCHS, kill=None, typed=False):
+    """A `study run` that goes on while the test does, forked unless it is to begin as one that was typed.
+
+    `kill` says what is killed when, see `killing`.
+    """
     plan = root / "kill.txt"
     if kill:
         root.mkdir(parents=True, exist_ok=True)
@@ -44,12 +48,13 @@ def begin(path, root, *more, epochs=EPOCHS, kill=None):
         "cpu",
     ]
     env = {**ENVIRONMENT, PLAN: str(plan)}
-    return subprocess.Popen([*words, *more], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env)
+    python = subprocess.Popen if typed else forking.Popen
+    return python([*words, *more], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env)
 
 
-def study_run(path, root, *more, epochs=EPOCHS):
+def study_run(path, root, *more, epochs=EPOCHS, typed=False):
     """The output and the exit code of a `study run`."""
-    process = begin(path, root, *more, epochs=epochs)
+    process = begin(path, root, *more, epochs=epochs, typed=typed)
     out, _ = process.communicate(timeout=500)
     return out, process.returncode
 
@@ -87,7 +92,7 @@ def undisturbed(tmp_path_factory):
     killing = folder / "killing.yaml"
     killing.write_text("trainer: {callbacks+: [{class_path: killing.Killing}]}")
     path = written(folder, layers=[*SMALL["layers"], str(killing)])
-    out, code = study_run(path, folder / "runs", "--jobs", "1")
+    out, code = study_run(path, folder / "runs", "--jobs", "1", typed=True)
     assert code == 0, out
     return path, folder / "runs", out
 
@@ -163,7 +168,7 @@ def test_a_pasted_command_gives_the_studys_result(undisturbed, tmp_path):
     path, root, _ = undisturbed
     run = runs_in(path)[-1]
     words = [sys.executable, "-m", "sam_lightning", *run.command(tmp_path)]
-    subprocess.run(words, check=True, env=ENVIRONMENT, capture_output=True)
+    forking.run(words, check=True, env=ENVIRONMENT)
     pasted, studied = (read_checkpoint(folder / run.name / "checkpoints/last.ckpt") for folder in (tmp_path, root))
     for name, value in studied["state_dict"].items():
         assert torch.equal(pasted["state_dict"][name], value), name

@@ -3,13 +3,13 @@
 import json
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
+import forking
 import sam_lightning.studies.slurm  # noqa: F401  # what it imports sets environment variables, once
 from sam_lightning.studies.command import main
 from slurm_cluster import slurm_with_one_node, until  # noqa: F401  # the fixture `slurm`
@@ -67,7 +67,7 @@ def local(slurm, tmp_path_factory):
         patch.chdir(folder)
         written(folder, seeds=[1])
         words = ["study", "run", "small.yaml", "--root", "runs", "--jobs", "2", *SETTINGS]
-        subprocess.run([sys.executable, "-m", "sam_lightning", *words], check=True, capture_output=True)
+        forking.run([sys.executable, "-m", "sam_lightning", *words], check=True)
         return results("runs")
 
 
