@@ -20,7 +20,7 @@ PAGES = ["README.md", "configs/README.md", "notebooks/README.md", "tests/README.
 TEXTS = {page: (ROOT / page).read_text() for page in PAGES}
 README, CONFIGS = TEXTS["README.md"], TEXTS["configs/README.md"]
 PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-GENERATED = r"<!-- (\w+): by notebooks/regenerate.py -->(.*?)<!-- end of \1 -->"
+GENERATED = r"<!-- ([\w-]+): by notebooks/regenerate.py -->(.*?)<!-- end of \1 -->"
 
 
 @pytest.mark.parametrize("code", PYTHON, ids=range(len(PYTHON)))
@@ -104,7 +104,7 @@ def test_tables_and_figures_are_those_of_the_stored_results():
     sections = {page: [name for name, _ in re.findall(GENERATED, text, re.DOTALL)] for page, text in TEXTS.items()}
     assert {page: names for page, names in sections.items() if names} == {
         "README.md": ["quickstart"],
-        "notebooks/README.md": ["results", "methods", "sharpness"],
+        "notebooks/README.md": ["results", "label-noise", "methods", "sharpness"],
         "tests/benchmarks/README.md": ["cost"],
     }
     done = subprocess.run(

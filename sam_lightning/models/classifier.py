@@ -95,18 +95,18 @@ class ImageClassifier(SharpnessAwareModule):
         self.network = network.to(memory_format=torch.channels_last) if channels_last else network
         if compile_network not in (False, True, "reduce-overhead"):
             raise ValueError(f"compile_network must be true, false or reduce-overhead, got {compile_network!r}.")
-        self.replays_a_graph = compile_network == "reduce-overhead"
+        self._replays_a_graph = compile_network == "reduce-overhead"
         if compile_network:  # unlike torch.compile(network) this keeps the names in checkpoints
-            self.network.compile(mode="reduce-overhead" if self.replays_a_graph else None)
+            self.network.compile(mode="reduce-overhead" if self._replays_a_graph else None)
         self.norm_layers_only = norm_layers_only
         self.label_smoothing = label_smoothing
         self.eval_loss = SampleMean()
         # Micro-averaged top 1 needs no number of classes; its checks of every batch would wait for the GPU.
         self.eval_accuracy = MulticlassAccuracy(average="micro", validate_args=False)
 
-    def on_fit_start(self) -> None:
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:  # a callback may accumulate from now on
         """Refuses to accumulate gradients that lie in the memory of a CUDA graph, which its next replay writes anew."""
-        if self.replays_a_graph and (self.trainer.accumulate_grad_batches > 1 or self.micro_batches > 1):
+        if self._replays_a_graph and (self.trainer.accumulate_grad_batches > 1 or self.micro_batches > 1):
             raise ValueError(
                 "compile_network reduce-overhead does not accumulate gradients: set it to true, or "
                 "trainer.accumulate_grad_batches and model.micro_batches to 1."

@@ -11,7 +11,8 @@ from torch.nn.parameter import is_lazy
 from sam_lightning.replay.attributes import Attributes, Owner, objects_in, with_prefixes
 from sam_lightning.replay.batch_copies import version
 from sam_lightning.replay.mutable_values import is_small
-from sam_lightning.tensors.shards import PLAIN, local_parts
+from sam_lightning.tensors.copies import copies, copy
+from sam_lightning.tensors.shards import local_parts
 
 _SETTINGS_ONLY = ("torch.", "torchvision.")  # packages whose modules' attributes are settings
 
@@ -78,8 +79,8 @@ class ModuleState:
         self._start = Attributes(self._where)
         self._tracked = [_Tracked(name, tensor, kind, version(tensor)) for name, tensor, kind in self._tensors()]
         copied = [tracked for tracked in self._tracked if self._is_copied(tracked)]
-        for tracked, copy in zip(copied, _copies([tracked.tensor for tracked in copied]), strict=True):
-            tracked.start = copy
+        for tracked, start in zip(copied, copies([tracked.tensor for tracked in copied]), strict=True):
+            tracked.start = start
         for tracked in self._tracked:
             if tracked.start is None:
                 tracked.start = self._kept_copy(tracked)
@@ -95,8 +96,8 @@ class ModuleState:
         self._tracked = [tracked for tracked in self._tracked if id(tracked.tensor) not in moved]
         self._tracked += [_Tracked("", b, "buffer", -1, None) for b in self._lazy if not is_lazy(b)]
         changed = [tracked for tracked in self._tracked if self._has_changed(tracked)]
-        for tracked, copy in zip(changed, _copies([tracked.tensor for tracked in changed]), strict=True):
-            tracked.end = copy
+        for tracked, end in zip(changed, copies([tracked.tensor for tracked in changed]), strict=True):
+            tracked.end = end
         if not self._has_observed_a_pass:
             self._has_observed_a_pass = True
             buffers = {tracked.name for tracked in self._tracked if tracked.kind == "buffer"}
@@ -105,7 +106,7 @@ class ModuleState:
             owner.look()
         self._end = Attributes(self._where)
         self._start.restore()
-        _copy([(t.tensor, t.start) for t in changed if t.start is not None])
+        _restore([(t.tensor, t.start) for t in changed])
         for tracked in self._tracked:
             tracked.version = version(tracked.tensor)
 
@@ -114,8 +115,7 @@ class ModuleState:
         """After another pass: restores the state in which the first one ended."""
         self._end.restore()
         changed = (t for t in self._tracked if t.end is not None or version(t.tensor) != t.version)
-        values = [(t.tensor, t.start if t.end is None else t.end) for t in changed]
-        _copy([(tensor, value) for tensor, value in values if value is not None])
+        _restore([(t.tensor, t.start if t.end is None else t.end) for t in changed])
         del self._start, self._end, self._tracked, self._lazy, self._modules, self._where
 
     def restore_attributes(self) -> None:
@@ -219,21 +219,7 @@ def _has_values(tensor: Tensor) -> bool:
     return not is_lazy(tensor) and not tensor.is_inference() and tensor.layout == torch.strided
 
 
-def _copies(tensors: list[Tensor]) -> list[Tensor]:
-    copies = [torch.empty_like(t) if type(t) in PLAIN else t.detach().clone() for t in tensors]
-    _copy([(copy, t) for copy, t in zip(copies, tensors, strict=True) if type(t) in PLAIN])
-    return copies
-
-
-def _copy(pairs: list[tuple[Tensor, Tensor]]) -> None:
-    """Writes each second tensor into the first: in one operation for all of a kind, which is what an accelerator likes.
-
-    Mixed kinds in one operation would be copied one by one.
-    """
-    kinds: dict[tuple[torch.dtype, torch.device], tuple[list[Tensor], list[Tensor]]] = {}
-    for target, source in pairs:
-        targets, sources = kinds.setdefault((target.dtype, target.device), ([], []))
-        targets.append(target.detach())
-        sources.append(source)
-    for targets, sources in kinds.values():
-        torch._foreach_copy_(local_parts(targets), local_parts(sources))
+def _restore(values: list[tuple[Tensor, Tensor | None]]) -> None:
+    """Writes each tensor's value, where there is one, into it."""
+    known = [(tensor.detach(), value) for tensor, value in values if value is not None]
+    copy([value for _, value in known], [tensor for tensor, _ in known])

@@ -5,6 +5,7 @@ from functools import partial
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -126,11 +127,20 @@ def test_a_compiled_network_trains_alike_under_the_same_names_and_can_be_measure
     )
 
 
-@pytest.mark.parametrize("options", [{"micro_batches": 2}, {"accumulate_grad_batches": 2}])
-def test_a_cuda_graph_takes_no_accumulated_gradients(trainer, options):
-    module = make(compile_network="reduce-overhead", micro_batches=options.pop("micro_batches", 1))
+@pytest.mark.parametrize(
+    ("micro_batches", "options"),
+    [
+        (2, {}),
+        (1, {"accumulate_grad_batches": 2}),
+        (1, {"callbacks": [GradientAccumulationScheduler({1: 2})], "limit_train_batches": 1}),
+    ],
+    ids=["micro-batches", "accumulated", "accumulated-later"],
+)
+def test_a_cuda_graph_takes_no_accumulated_gradients(trainer, micro_batches, options):
+    module = make(compile_network="reduce-overhead", micro_batches=micro_batches)
+    module.network.compile(backend="eager")  # what is refused is not compiled here
     with pytest.raises(ValueError, match="reduce-overhead does not accumulate gradients: set it to true, or"):
-        trainer(max_steps=1, **options).fit(module, Digits())
+        trainer(max_epochs=2, **options).fit(module, Digits())
 
 
 def test_an_unknown_way_to_compile_is_refused():
