@@ -1,10 +1,13 @@
 """The networks of the studies, from torchvision's building blocks."""
 
 from collections import OrderedDict
+from collections.abc import Callable
+from math import prod
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
-from torch.nn.functional import conv2d
+from torch.nn.functional import conv2d, linear
 from torchvision.models.resnet import BasicBlock, ResNet
 
 Norm = Literal["batch", "group", "none"]
@@ -17,29 +20,63 @@ _NORMS = {
 
 
 class TrimmedConv2d(nn.Conv2d):
-    """A convolution that computes nothing with the zeros around an image, where it has one output position.
+    r"""A convolution that computes nothing with the zeros around an image of fewer pixels than the kernel.
 
-    There the kernel's first rows and columns lie on the padding, and those beyond the image do, too. For values that
-    are finite they add exact zeros to the output and get a gradient of exact zeros, so that leaving them out changes
-    only the order in which the others are added. On a 1x1 image a 3x3 kernel does a ninth of the work.
+    With stride s and padding p the output at position o is $y_{ko} = \sum_{ci} w_{kc,\,i - so + p} \, x_{ci}$, summed
+    over the image's channels c and pixels i alone. A CPU computes it as one product with the matrix of these weights,
+    (K positions, C pixels): on a 1x1 image a ninth of a 3x3 kernel's work, on a 2x2 image with stride 1 four ninths.
+    Other devices convolve, with the part of the kernel that meets the image if there is one position only. For finite
+    values the same numbers are added in another order.
     """
 
     def forward(self, input: Tensor) -> Tensor:
         """(B, C, H, W) to (B, K, H', W'), as `torch.nn.Conv2d`."""
-        if isinstance(self.padding, str) or self.padding_mode != "zeros" or self.dilation != (1, 1):
+        taps, pixels = prod(self.kernel_size), input.shape[-2:].numel()
+        is_plain = self.padding_mode == "zeros" and self.dilation == (1, 1) and self.groups == 1
+        if isinstance(self.padding, str) or not is_plain or input.ndim < 4 or pixels >= taps:
             return super().forward(input)
         axes = list(zip(input.shape[-2:], self.kernel_size, self.stride, self.padding, strict=True))
-        if any(padding >= kernel or (size + 2 * padding - kernel) // stride for size, kernel, stride, padding in axes):
+        positions = [(size + 2 * padding - kernel) // stride + 1 for size, kernel, stride, padding in axes]
+        if positions == [1, 1] and all(padding + size <= kernel for size, kernel, _, padding in axes):
+            rows, columns = (slice(padding, padding + size) for size, _, _, padding in axes)
+            if not input.is_cpu:
+                return conv2d(input, self.weight[:, :, rows, columns], self.bias, self.stride)
+            return self._product(input, positions, lambda weight: weight[:, rows, columns])
+        # Where few images share the matrix, making it costs more than it saves.
+        if not input.is_cpu or min(positions) < 1 or len(input) * (taps - pixels) < taps * pixels:
             return super().forward(input)
-        rows, columns = (slice(padding, padding + size) for size, _, _, padding in axes)
-        return conv2d(input, self.weight[:, :, rows, columns], self.bias, self.stride, groups=self.groups)
+        meets = self._meets(axes, positions).to(self.weight.dtype)
+        return self._product(input, positions, lambda weight: meets @ weight.flatten(1, 2))
+
+    def _product(self, input: Tensor, positions: list[int], seen: Callable[[Tensor], Tensor]) -> Tensor:
+        """The output of (B, C, H, W); `seen` makes (K, positions pixels, C) of the weights (K, H, W, C)."""
+        filters, count = len(self.weight), prod(positions)
+        matrix = seen(self.weight.permute(0, 2, 3, 1)).reshape(filters, count, -1, input.shape[1])
+        # In the order in which the weights lie in memory, else every gradient would be copied into it.
+        if self.weight.is_contiguous():
+            matrix = matrix.transpose(2, 3).reshape(filters * count, -1)
+            output = linear(input.flatten(1), matrix).view(-1, filters, *positions)
+        else:
+            matrix = matrix.transpose(0, 1).reshape(count * filters, -1)
+            output = linear(input.permute(0, 2, 3, 1).flatten(1), matrix).view(-1, *positions, filters)
+            output = output.permute(0, 3, 1, 2)
+        return output if self.bias is None else output + self.bias.to(output.dtype)[:, None, None]
+
+    @staticmethod
+    def _meets(axes: list[tuple[int, int, int, int]], positions: list[int]) -> Tensor:
+        """Whether a tap of the kernel meets a pixel at a position: (positions pixels, taps)."""
+        rows, columns = (
+            torch.arange(kernel) == (torch.arange(size) - stride * torch.arange(count)[:, None] + padding)[..., None]
+            for (size, kernel, stride, padding), count in zip(axes, positions, strict=True)
+        )
+        return torch.einsum("oit,pju->opijtu", rows.float(), columns.float()).flatten(0, 3).flatten(1)
 
 
 def resnet18(num_classes: int = 1000, norm: Literal["batch", "none"] = "batch") -> ResNet:
     """Torchvision's ResNet-18 with the ImageNet stem, untrained: the network of the three studies.
 
     The stem (7x7, stride 2, then max-pool) halves a 32x32 image twice before the first block, so that the last
-    blocks see 1x1 images; there the convolutions leave out the padding. With `norm="none"` no layer normalises,
+    blocks see 2x2 and 1x1 images; there the convolutions leave out the padding. With `norm="none"` no layer normalises,
     and the convolutions still have no bias.
 
     Args:
@@ -50,7 +87,7 @@ def resnet18(num_classes: int = 1000, norm: Literal["batch", "none"] = "batch") 
         He, Zhang, Ren, Sun. Deep Residual Learning for Image Recognition. CVPR 2016. arXiv 1512.03385.
     """
     network = ResNet(BasicBlock, [2, 2, 2, 2], num_classes=num_classes, norm_layer=_norm_layer(norm, "batch", "none"))
-    for layer in network.layer4.modules():
+    for layer in (*network.layer3.modules(), *network.layer4.modules()):
         if isinstance(layer, nn.Conv2d):
             layer.__class__ = TrimmedConv2d  # with the weights that torchvision drew for it
     return network
