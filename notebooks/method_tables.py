@@ -179,7 +179,7 @@ def about(study: Study, results: Results) -> str:
         f"Time: median ratio to SGD's of {digits} rounds in turn on the digits' network / "
         f"{resnet} on ResNet-18 (32x32, batch 32), on a busy machine. Memory: the most "
         f"that lives in a step beside what SGD needs. Largest eigenvalue: of the training loss at the end, wrong "
-        f"labels included, on {samples} samples. {conditions(results.runs.assign(study='')).removeprefix(': ')}."
+        f"labels included, on {samples} samples. {conditions(results.runs.assign(study=''))}."
     )
 
 

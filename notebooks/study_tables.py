@@ -49,7 +49,7 @@ def quickstart_section() -> str:
     words = "\n".join(f"- {sentence}" for sentence in conclusions(study, results))
     about = (
         f"Test accuracy (%), mean ± standard deviation over {full.n.max()} seeds; the best epoch is the test set's "
-        f"choice. {conditions(results.runs.assign(study='')).removeprefix(': ')}."
+        f"choice. {conditions(results.runs.assign(study=''))}."
     )
     return f"{table}\n\n{words}\n\n{about}"
 
@@ -118,10 +118,11 @@ def conditions(runs: pd.DataFrame) -> str:
     said = []
     for values, group in runs.groupby(columns, sort=False):
         device, threads, precision, torch, lightning, commit = values
-        studies = ", ".join(group.study.unique())
+        studies = "".join(f"{study}, " for study in group.study.unique() if study).removesuffix(", ")
         on = "one thread" if threads == 1 else f"{threads} threads"
         versions = f"torch {torch}, lightning {lightning}, commit {commit}"
-        said.append(f"{studies}: {len(group)} runs on {on} of {device}, {precision}, {versions}")
+        of = f"{studies}: " if studies else ""
+        said.append(f"{of}{len(group)} runs on {on} of {device}, {precision}, {versions}")
     return "; ".join(said)
 
 
@@ -140,14 +141,23 @@ def label_noise_section() -> str:
         }
         for _, row in rows.iterrows()
     ).to_markdown(index=False, disable_numparse=True)
-    words = "\n".join(f"- {sentence}" for sentence in conclusions(study, results))
+    words = "\n".join(f"- {sentence}" for sentence in [*memory(rows), *conclusions(study, results)])
     absent = missing(study, results)
     about = (
         "Test accuracy (%), mean ± standard deviation over seeds; the best epoch is the test set's choice. "
-        f"{len(results.runs)} of {len(results.runs) + len(absent)} runs were made"
+        f"{len(results.runs)} of {len(results.runs) + len(absent)} runs were made, in "
+        f"{results.epochs.seconds.sum() / 3600:.1f} hours of training on one core: "
         f"{conditions(results.runs.assign(study=''))}."
     )
     return f"{table}\n\n{words}\n\n{about}"
+
+
+def memory(rows: pd.DataFrame):
+    """What SGD knew at its best epoch, and at the last, when it fits the labels that it was given."""
+    for _, row in rows[rows.cell.str.startswith("SGD")].iterrows():
+        lost = row.best - row["last"]
+        what = f"has {'lost' if lost > 0 else 'gained'} {abs(lost):.1f} points of test accuracy since its best epoch"
+        yield f"At the end {row.cell} {what}, with a training loss of {row.train_loss:.2f}."
 
 
 def sharpness_section() -> str:

@@ -32,7 +32,28 @@ def main(args: Sequence[str] | None = None) -> None:
     Raises:
         SystemExit: With a message, or a code other than 0, if the command fails.
     """
-    words = list(sys.argv[1:] if args is None else args)
+    try:
+        try:
+            _run(list(sys.argv[1:] if args is None else args))
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        if not _is_unread():
+            raise
+        sys.exit(1)
+
+
+def _is_unread() -> bool:
+    """Whether nobody reads what is printed any more, as behind `| head`; if so, the rest goes nowhere."""
+    try:
+        print(flush=True)  # what failed to be printed is no longer there to be flushed
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
+
+
+def _run(words: list[str]) -> None:
     sys.path.append(os.getcwd())  # --model my_file.MyModule, as python -m finds it
     first = words[0] if words else "--help"
     if first in ("-h", "--help"):

@@ -1,6 +1,7 @@
 """The command line as its user meets it: commands in, files and messages out."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import torch
 from lightning.pytorch import Callback, LightningDataModule
 from lightning.pytorch.cli import OptimizerCallable
 
+import forking
 from commands import BASE, QUICK, ROOT, fails, fit
 from regression import Regression, assert_same, loader, state_of
 from sam_lightning.cli import main
@@ -335,6 +337,17 @@ def test_a_module_in_the_current_folder_is_found_and_interruptions_say_how_to_go
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize("words", ["configs", "--help", "study run a --dry-run"])
+def test_output_that_nobody_reads_to_the_end_is_no_traceback(words):
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "sam_lightning", *words.split()]
+    with forking.Popen(command, stdout=writing, stderr=subprocess.PIPE, text=True) as process:
+        os.close(writing)
+        assert process.communicate(timeout=60)[1] == ""
+    assert process.returncode == 1
+
+
 def test_predictions_are_saved():
     fit()
     main(["predict", "--ckpt_path", "runs/digits-sam-seed1"])
@@ -344,8 +357,7 @@ def test_predictions_are_saved():
 
 
 def test_a_fresh_process_exits_with_a_code():
-    words = [sys.executable, "-m", "sam_lightning", "test", *BASE, "--model.optimizer", "SGD"]
-    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    done = forking.run([sys.executable, "-m", "sam_lightning", "test", *BASE, "--model.optimizer", "SGD"])
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].startswith("sam-lightning: error: --ckpt_path last: no checkpoint in")
     assert "Traceback" not in done.stderr

@@ -27,6 +27,7 @@ from sam_lightning.training.sharding import shard
 
 RANK = int(os.environ.get("RANK", 0))  # none where pytest looks in here for doctests
 SYNC = {"sync_perturbation": True}
+STEPS = 7  # of every method: more than one round of those that compute some gradients every few steps
 
 
 # Plain PyTorch, in float64.
@@ -55,7 +56,7 @@ def train_plainly(case, base):
     net = sharded_net()
     groups, *_ = several_groups(list(net.named_parameters()))
     optimizer = case.make(groups, BASES[base][0], rho=0.3)
-    for _ in range(20):
+    for _ in range(STEPS):
         step(optimizer, net)
     return weights(net)
 
@@ -97,7 +98,7 @@ def at_learning_rate_zero(case):
     net = sharded_net()
     optimizer = case.make(net.named_parameters(), lambda p: torch.optim.SGD(p, lr=0.0), rho=0.3)
     before = parts(net)
-    for _ in range(30):
+    for _ in range(STEPS):
         step(optimizer, net)
     return all(torch.equal(a, b) for a, b in zip(parts(net), before, strict=True))
 

@@ -22,7 +22,7 @@ from sam_lightning.studies.spec import load
 from sam_lightning.studies.worker_pool import Worker
 from study_files import SMALL, written
 
-EPOCHS = 8
+EPOCHS = 6
 ENVIRONMENT = {**environment(), "PYTHONPATH": f"{ROOT}:{ROOT}/tests/helpers"}
 STUDY = [sys.executable, "-m", "sam_lightning", "study", "run"]
 pytestmark = pytest.mark.timeout(600)

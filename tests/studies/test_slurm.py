@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -23,6 +24,7 @@ pytestmark = pytest.mark.timeout(900)  # a job starts as a fresh process: many s
 @pytest.fixture(autouse=True)
 def _in_a_folder_with_a_study(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(subprocess, "Popen", forking.Popen)  # what checks the runs' words starts at once
     written(tmp_path, seeds=[1])
 
 

@@ -9,6 +9,7 @@ import torch
 from cases import BASES, Net, displaced, every_case, every_two_pass_case, length, ready, several_groups, step
 from launch import two_ranks
 from regression import SAM_SGD, SGD, Tied, assert_same, bare_loop, loader, make_network, state_of
+from sharded_worker import STEPS
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +27,7 @@ def test_the_optimizer_in_plain_pytorch_equals_one_process(ranks, case, base):
     net = Net()
     groups, *_ = several_groups(list(net.named_parameters()))
     optimizer = case.make(groups, BASES[base][0], rho=0.3)
-    for _ in range(20):
+    for _ in range(STEPS):
         step(optimizer, net)
     for rank in ranks:
         for sharded, whole in zip(rank["plain"]["trained"][case.name, base], net.parameters(), strict=True):
