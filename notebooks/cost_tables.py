@@ -27,7 +27,8 @@ def cost_of(measured: dict) -> str:
             f"### {machine}",
             "",
             f"Float32 where nothing else is said, {versions}, commit {commit['id'][:12]}"
-            f"{' with changes' if commit['dirty'] else ''}; medians of n rounds in turn. "
+            f"{' with changes' if commit['dirty'] else ''}; medians of n rounds in turn"
+            f"{', freed memory kept as the command line keeps it' if one['device'] == 'cpu' else ''}. "
             "Ratios below 1: ours is faster; aim: at most.",
             "",
             pd.DataFrame(ratios(info)).to_markdown(index=False, disable_numparse=True),

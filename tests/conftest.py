@@ -23,8 +23,9 @@ def _leaves_nothing_behind():
     torch.manual_seed(0)
     yield
     assert not torch.distributed.is_initialized()
-    # What Lightning's seed_everything and torch.compile export.
-    for key in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS", "_TORCHINDUCTOR_PYOBJECT_TENSOR_DATA_PTR"):
+    # What Lightning's seed_everything and GPU strategies, and torch.compile export.
+    exported = ("PL_GLOBAL_SEED", "PL_SEED_WORKERS", "CUDA_DEVICE_ORDER", "_TORCHINDUCTOR_PYOBJECT_TENSOR_DATA_PTR")
+    for key in exported:
         os.environ.pop(key, None)
     changed = {key for key, _ in environment.items() ^ os.environ.items() if not key.startswith("PYTEST_")}
     assert not changed, f"environment variables changed: {changed}"

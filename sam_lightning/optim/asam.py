@@ -26,8 +26,8 @@ class ASAM(SharpnessAware):
     A bias is a parameter whose own name (behind the last dot) contains "bias", so `normalize_bias=False`
     needs `model.named_parameters()`.
 
-    State: none beside the base's. Cost: two passes; three copies of the weights, of which one, w, is
-    kept through the second pass.
+    State: none beside the base's. Cost: two passes; two copies of the weights, of which one, w, is
+    kept through the second pass, and T of about a million entries at a time.
 
     Args:
         params: `(name, parameter)` pairs, or groups of them; bare parameters if `normalize_bias=True`.

@@ -1,6 +1,5 @@
 """One run of a study, in this process: trained, tested, and its result written last."""
 
-import fcntl
 import json
 import os
 import platform
@@ -27,6 +26,7 @@ from sam_lightning.runs.atomic_files import replacing
 from sam_lightning.runs.checkpoints import read_checkpoint
 from sam_lightning.runs.directory import RESULT, WEIGHTS
 from sam_lightning.runs.overwrite import has_checkpoints
+from sam_lightning.runs.run_lock import locked
 from sam_lightning.studies.sharpness_spec import SharpnessSpec
 
 C = TypeVar("C", bound=Callback)
@@ -48,7 +48,7 @@ def execute(
         callbacks: What else watches the training.
         sharpness: What is measured at its end.
     """
-    with _locked(directory):
+    with locked(directory):
         if (directory / RESULT).is_file():
             if sharpness is not None and not sharpness.is_done(directory):
                 main(sharpness.command(directory))
@@ -80,16 +80,6 @@ def printing_into(path: Path) -> Iterator[None]:
         for descriptor, old in zip((1, 2), kept, strict=True):
             os.dup2(old, descriptor)
             os.close(old)
-
-
-@contextmanager
-def _locked(directory: Path) -> Iterator[None]:
-    """Waits until no other process is at this run: two studies that share it may run at once."""
-    directory.mkdir(parents=True, exist_ok=True)
-    with (directory / ".lock").open("w") as file:
-        # A record lock: it ends with this process, however that ends, and its data loaders' workers do not inherit it.
-        fcntl.lockf(file, fcntl.LOCK_EX)
-        yield
 
 
 def _outcome(cli: CLI) -> dict[str, Any]:

@@ -51,7 +51,12 @@ def _norm(tensors: list[Tensor], order: float) -> Tensor:
 def _pieces(tensors: list[Tensor]) -> list[Tensor]:
     if max(t.numel() for t in tensors) <= _PIECE:
         return tensors
-    return [piece for t in tensors for piece in torch.split(t.reshape(-1), _PIECE)]
+    return [piece for t in tensors for piece in torch.split(_flat(t), _PIECE)]
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    """Its entries as they lie in memory: no copy of a tensor whose channels lie last."""
+    return tensor.permute(sorted(range(tensor.ndim), key=tensor.stride, reverse=True)).reshape(-1)
 
 
 def reciprocal(norm: Tensor) -> Tensor | float:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+import forking
 from commands import ROOT
 
 BUILT_FROM = ("pyproject.toml", "README.md", "LICENSE", "sam_lightning", "configs")
@@ -37,7 +38,7 @@ def run(installed, tmp_path, monkeypatch):
 
     def command(words, code=0):
         words = [sys.executable, "-m", "sam_lightning", *words.split()]
-        done = subprocess.run(words, capture_output=True, text=True, env=installed[0], check=False)
+        done = forking.run(words, env=installed[0], imported=False)
         assert done.returncode == code, done.stderr[-3000:]
         return done.stdout if code == 0 else done.stderr
 
@@ -110,7 +111,8 @@ def test_a_training_and_its_test(run):
     assert "test accuracy" in run("test --ckpt_path runs/digits-sam-seed4")
 
 
-def test_a_study(run):
-    out = run(f"study run quickstart --jobs 1 --only seed=1 --only arm=SAM {QUICK}")
-    assert "1 runs in runs, 1 to do" in out
+def test_a_study_as_it_is_typed(installed, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = f"-m sam_lightning study run quickstart --jobs 1 --only seed=1 --only arm=SAM {QUICK}".split()
+    assert "1 runs in runs, 1 to do" in subprocess.check_output([sys.executable, *words], env=installed[0], text=True)
     assert len(list(Path("runs").glob("sam-*/result.json"))) == 1

@@ -52,11 +52,19 @@ class _Forking(subprocess.Popen):
 
 
 class Popen(_Forking):
-    """In a test: a fork of the server, which the kernel makes this process's child when its own parent ends."""
+    """In a test: a fork of the server, which the kernel makes this process's child when its own parent ends.
+
+    Args:
+        imported: Whether this checkout's package is there already; else the command finds its own.
+    """
+
+    def __init__(self, *args, imported=True, **options):
+        self._imported = imported
+        super().__init__(*args, **options)
 
     def _fork(self, *request):
         *what, files, new_session = request
-        connection = _server()
+        connection = _server(self._imported)
         socket.send_fds(connection, [repr((*what, new_session)).encode() + b"\n"], files)
         return int(connection.recv(100))
 
@@ -86,14 +94,14 @@ def run(command, timeout=None, check=False, **options):
 
 
 @functools.cache
-def _server():
-    """The connection to the server of this process, which ends with it."""
+def _server(imported):
+    """The connection to this process's server with or without the package, which ends with it."""
     if sys.platform != "linux":
         raise OSError("forked commands need Linux")
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
     ours, theirs = socket.socketpair()
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, __file__, str(theirs.fileno())]
+    command = [sys.executable, __file__, str(theirs.fileno()), *(["with the package"] if imported else [])]
     server = subprocess.Popen(command, pass_fds=[theirs.fileno()], env=environment)
     theirs.close()
 

@@ -5,12 +5,13 @@ from torch import nn
 
 from sam_lightning import SharpnessAware
 
+WIDTH = 700
 STEPS = 6  # in two of which `every=5` perturbs
 
 
 def network() -> nn.Sequential:
-    """Ten equal weights whose activations are small beside them."""
-    net = nn.Sequential(*(nn.Linear(300, 300, bias=False) for _ in range(10)))
+    """Equal weights, ten million in all, beside which activations and what is worked on in parts are small."""
+    net = nn.Sequential(*(nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(20)))
     for weight in net.parameters():  # the gradient is neither tiny nor huge
         nn.init.orthogonal_(weight)
     return net
@@ -22,7 +23,7 @@ def peak(make) -> float:
     Args:
         make: Makes the optimizer from a network.
     """
-    net, x, y = network(), torch.randn(1, 300), torch.randn(1, 300)
+    net, x, y = network(), torch.randn(1, WIDTH), torch.randn(1, WIDTH)
     optimizer = make(net)
 
     def loss():
