@@ -10,6 +10,8 @@ import ast
 import atexit
 import ctypes
 import functools
+import gc
+import importlib
 import os
 import runpy
 import signal
@@ -17,9 +19,14 @@ import socket
 import subprocess
 import sys
 import threading
+import warnings
 from contextlib import suppress
 
 PR_SET_CHILD_SUBREAPER = 36
+PACKAGE = [f"sam_lightning.studies.{name}" for name in ("command", "report", "worker")]
+OTHERS = ["lightning.pytorch.cli", "sklearn.datasets", "torch.distributed.run", "torch.utils.tensorboard"]
+OTHERS += ["torchmetrics.classification", "torchvision.models"]
+OTHERS += ["torch._dynamo"]  # else the first optimizer of every child would import it
 
 
 def words_of(command):
@@ -179,18 +186,10 @@ def _serve(connection):
 
 
 if __name__ == "__main__":
-    import gc
-    import warnings
-
     subprocess.Popen = ForkingItself  # before torchrun takes the name over
     with warnings.catch_warnings(action="ignore"):
-        import torch._dynamo  # else the first optimizer of every child would import it
-        import torch.distributed.run
-        import torch.utils.tensorboard  # noqa: F401
-
-        import sam_lightning.studies.command
-        import sam_lightning.studies.report
-        import sam_lightning.studies.worker  # noqa: F401
+        for name in (*OTHERS, *(PACKAGE if sys.argv[2:] else ())):
+            importlib.import_module(name)
     gc.collect()
     gc.freeze()  # else the first collection of every child would copy all that was imported
     _serve(socket.socket(fileno=int(sys.argv[1])))
