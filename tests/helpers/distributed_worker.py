@@ -20,6 +20,7 @@ from cases import CASES
 from regression import SAM_SGD, SGD, Branches, Regression, loader, make_data, make_network, state_of
 from sam_lightning.training import SharpnessAwareTraining
 
+SAMPLES, SHORT = 56, 54  # of 7 joint batches, the last of which is whole, or has 6
 SYNC, LOCAL = {"sync_perturbation": True}, {"sync_perturbation": False}
 # name: (options of the module, options of DistributedDataParallel)
 PLAIN = {
@@ -125,7 +126,7 @@ class Ragged(DataLoader):
         super().__init__(data, batch_sampler=[*batches, [44, 45, 46] if rank == 0 else [47]])
 
 
-def fit(module, samples=160, validate=False, then=None, ddp=None, ragged=False, accelerator="cpu", **options):
+def fit(module, samples=SAMPLES, validate=False, then=None, ddp=None, ragged=False, accelerator="cpu", **options):
     watch = Watch()
     trainer = Trainer(
         accelerator=accelerator,
@@ -166,7 +167,7 @@ def on_the_cpu():
         results[f"method-{case.name}"] = fit(module)
     for mode, options in {"sync": SYNC, "local": LOCAL}.items():
         plain = {"network": make_network(norm=False), **options}
-        results[f"{mode}-short-last"] = fit(Regression(**plain), samples=150)
+        results[f"{mode}-short-last"] = fit(Regression(**plain), samples=SHORT)
         plain = {"network": make_network(norm=False), **options, "micro_batches": 2}
         results[f"{mode}-ragged-last"] = fit(Regression(**plain), ragged=True)
     for name, used in UNUSED.items():

@@ -5,6 +5,7 @@ import torch
 from torch.nn.functional import mse_loss
 
 from cases import every_case
+from distributed_worker import SAMPLES, SHORT
 from launch import two_ranks
 from regression import SAM_SGD, SGD, Branches, assert_same, bare_loop, loader, make_data, make_network, state_of
 
@@ -25,7 +26,7 @@ def ranks(tmp_path_factory):
     return two_ranks("distributed_worker.py", tmp_path_factory.mktemp("ranks"), "cpu")
 
 
-def joined_batches(samples=160):
+def joined_batches(samples=SAMPLES):
     """What both ranks see in a step: their samples are interleaved, so it is 8 in a row."""
     return loader(batch_size=8, samples=samples)
 
@@ -81,7 +82,7 @@ def test_synchronised_ranks_equal_one_process_on_the_joined_batch(ranks, case):
     network = make_network(norm=False)
     bare_loop(network, (SGD if "sgd" in case else SAM_SGD)(list(network.named_parameters())), joined_batches())
     assert_close(ranks[0][case], network)
-    assert ranks[0][case]["steps"] == 20
+    assert ranks[0][case]["steps"] == 7
 
 
 @every_case
@@ -115,7 +116,7 @@ def test_gradients_as_views_into_buckets(ranks, mode):
 def test_an_incomplete_last_batch(ranks, mode):
     network = make_network(norm=False)
     optimizer = SAM_SGD(list(network.named_parameters()))
-    two_rank_loop(network, optimizer, halves(joined_batches(150)), mode == "local")
+    two_rank_loop(network, optimizer, halves(joined_batches(SHORT)), mode == "local")
     assert_close(ranks[0][f"{mode}-short-last"], network)
 
 
