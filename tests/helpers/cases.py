@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import product
 from typing import Any
 
 import pytest
@@ -79,6 +80,20 @@ every_two_pass_case = pytest.mark.parametrize(
     "case", [case for case in CASES if case.has_first_pass], ids=lambda case: case.name
 )
 every_base = pytest.mark.parametrize("base", BASES)
+
+
+def crossed(*others, usual):
+    """Rows of every method, every base and the values of the others; those that are not `usual` are slow tests."""
+    return [
+        pytest.param(*row, marks=[] if usual(*row) else pytest.mark.slow)
+        for row in product(CASES, BASES, *others)
+        if row[0].has_first_pass or row[1] != "sgd"  # no momentum to go along
+    ]
+
+
+def name_of(value):
+    """How a test's id names a value."""
+    return getattr(value, "name", getattr(value, "__name__", None))
 
 
 class Loss(nn.Module):

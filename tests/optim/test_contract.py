@@ -14,15 +14,18 @@ from cases import (
     BASES,
     SGD,
     Net,
+    crossed,
     displaced,
     every_base,
     every_case,
     every_two_pass_case,
     length,
+    name_of,
     ready,
     same,
     step,
 )
+from sam_lightning import FriendlySAM, LookSAM, VaSSO
 
 
 @every_case
@@ -75,7 +78,7 @@ def test_without_learning_rate_nothing_drifts(case, dtype):
     net = Net(dtype)
     optimizer = case.make(net.named_parameters(), partial(torch.optim.SGD, lr=0.0, momentum=0.9), rho=0.5)
     before = net.weights()
-    for _ in range(1000 if dtype is torch.bfloat16 else 50):
+    for _ in range(20):
         step(optimizer, net)
     assert same(net.weights(), before)  # and of the same dtype
     if case.has_first_pass:
@@ -138,12 +141,17 @@ def test_tied_parameters_move_once(case):
     assert same(e, reference)
 
 
-@every_case
-@every_base
-@pytest.mark.parametrize("before", [3, 4, 5])  # anywhere in an interval of 3
+def usual(case, base, before):
+    has_memory = case.optimizer in (FriendlySAM, LookSAM, VaSSO)  # in the base's state, whatever is there
+    return base == "adam" or (before == 4 and (has_memory or case.name in ("sam", "msam")))
+
+
+@pytest.mark.parametrize(
+    ("case", "base", "before"),
+    crossed([3, 4, 5], usual=usual),  # anywhere in an interval of 3
+    ids=name_of,
+)
 def test_a_saved_state_goes_on_bit_for_bit(case, base, before):
-    if base == "sgd" and not case.has_first_pass:
-        pytest.skip("no momentum to go along")
     net, optimizer = ready(case, base)
     for _ in range(before):
         step(optimizer, net)

@@ -9,7 +9,7 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
-from cases import BASES, SGD, Net, displaced, every_base, every_case, length, same, step
+from cases import BASES, SGD, Net, crossed, displaced, every_case, length, name_of, same, step
 from sam_lightning import ASAM, SAM
 from sam_lightning.tensors import global_norm, norms
 
@@ -83,13 +83,13 @@ def test_resume_after_a_skipped_step_within_an_interval(case):
     assert same(net.weights(), resumed.weights())
 
 
-@every_case
-@every_base
+@pytest.mark.parametrize(
+    ("case", "base"),
+    crossed(usual=lambda case, base: base == "adam" or case.name == "friendly"),
+    ids=name_of,
+)
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_a_distributed_checkpoint_goes_on_bit_for_bit(case, base, tmp_path):
-    if base == "sgd" and not case.has_first_pass:
-        pytest.skip("no momentum to go along")
-
     def make(net):
         named = [(name, p) for name, p in net.named_parameters() if "unused" not in name and p.requires_grad]
         return case.make(named, BASES[base][0], rho=0.3)
@@ -157,7 +157,7 @@ def test_norms_of_types_together(monkeypatch, on_host):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_norm_of_one_large_tensor(dtype):
-    x = torch.empty(40_000_000, dtype=dtype).normal_(generator=torch.Generator().manual_seed(0))
+    x = torch.empty(10_000_000, dtype=dtype).normal_(generator=torch.Generator().manual_seed(0))
     exact = math.sqrt(sum(part.double().square().sum().item() for part in x.split(2**20)))
     assert global_norm([x]).item() == pytest.approx(exact, rel=3e-5)
-    assert global_norm([x.view(4000, 10000).T]).item() == pytest.approx(exact, rel=3e-5)
+    assert global_norm([x.view(2000, 5000).T]).item() == pytest.approx(exact, rel=3e-5)
