@@ -112,10 +112,16 @@ def test_channels_last_changes_the_layout_and_not_the_training(trainer):
     torch.testing.assert_close(found, plain, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
-def test_a_compiled_network_trains_alike_under_the_same_names_and_can_be_measured(trainer):
+needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
+
+
+@pytest.mark.parametrize(
+    "backend", ["aot_eager", pytest.param("inductor", marks=[pytest.mark.slow, needs_compiler])]
+)  # the default one, and one that makes the same programs and leaves them in Python
+def test_a_compiled_network_trains_alike_under_the_same_names_and_can_be_measured(trainer, monkeypatch, backend):
     _, plain = weights_after_an_epoch(trainer)
     torch._dynamo.utils.counters.clear()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
     module, found = weights_after_an_epoch(trainer, compile_network=True)
     # Training, validation and its last batch: the perturbed pass is no program of its own.
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 3

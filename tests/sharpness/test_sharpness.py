@@ -84,7 +84,7 @@ def test_largest_is_in_value_and_not_in_magnitude():
 def test_the_trace_is_within_three_standard_errors_and_they_are_right(scale):
     network = Classifier(hidden=3)
     trace = exact(network, scale)[1].trace().item()
-    found = [hessian_trace(network, network.loss, batches(SAMPLES), 40, scale, seed=seed) for seed in range(100)]
+    found = [hessian_trace(network, network.loss, batches(SAMPLES), 20, scale, seed=seed) for seed in range(60)]
     errors = [(estimate.mean - trace) / estimate.standard_error for estimate in found]
     assert sum(abs(error) <= 3 for error in errors) >= 0.97 * len(errors)  # 99.2 % of 9,000 draws by hand
     assert stdev(errors) == pytest.approx(1, abs=0.15)
@@ -207,7 +207,7 @@ def test_one_step_is_the_optimizers_own(scale):
 def test_the_average_case_of_a_quadratic_is_half_its_trace(scale):
     _, named, loss_of, what = quadratic()
     half = oracles.curvature(loss_of, list(named.values()), scales(named, scale))[1].trace().item() / 2
-    found = [average_case_sharpness(*what, sigma=0.2, draws=50, scale=scale, seed=seed) for seed in range(100)]
+    found = [average_case_sharpness(*what, sigma=0.2, draws=50, scale=scale, seed=seed) for seed in range(50)]
     errors = [(estimate.mean - 0.2**2 * half) / estimate.standard_error for estimate in found]
     assert sum(abs(error) <= 3 for error in errors) >= 0.98 * len(errors)  # squares of normals: skewed
     assert stdev(errors) == pytest.approx(1, abs=0.2)

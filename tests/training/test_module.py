@@ -278,9 +278,17 @@ def test_an_error_in_the_second_pass_leaves_the_weights(trainer, error):
     assert not module.is_second_pass
 
 
-@pytest.mark.parametrize("factory", [SGD, SAM_SGD, ASAM_SGD], ids=["sgd", "sam", "asam"])
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("stop", [5, 8, 11], ids=["mid-first-epoch", "epoch-end", "mid-second-epoch"])
+STOPS = {"mid-first-epoch": 5, "epoch-end": 8, "mid-second-epoch": 11}
+RESUMED = [
+    pytest.param(factory, workers, stop, id=f"{name}-{workers}-{where}", marks=[] if is_usual else pytest.mark.slow)
+    for name, factory in {"sgd": SGD, "sam": SAM_SGD, "asam": ASAM_SGD}.items()
+    for workers in (0, 2)
+    for where, stop in STOPS.items()
+    for is_usual in [name == "sam" if workers == 0 else stop == 11 and name != "sgd"]
+]
+
+
+@pytest.mark.parametrize(("factory", "workers", "stop"), RESUMED)
 @pytest.mark.filterwarnings("ignore:You are resuming from a checkpoint that ended before the epoch ended")  # exact here
 @pytest.mark.filterwarnings("ignore:The dirpath has changed")  # of callbacks that compare nothing
 def test_resume_is_bit_identical(trainer, tmp_path, factory, workers, stop):
