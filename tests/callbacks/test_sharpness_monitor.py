@@ -189,7 +189,7 @@ def test_history_goes_on_behind_a_checkpoint(trainer, tmp_path):
     assert resumed._first_loss == content["first_loss"] == pytest.approx(2.5, abs=0.5)  # of ten classes, untrained
 
 
-def warned(trainer, tmp_path, rho, epochs=3):
+def warned(trainer, tmp_path, rho, epochs=2):
     def optimizer(parameters):
         return SAM_SGD(parameters, rho=rho)
 
