@@ -102,7 +102,9 @@ def test_watching_changes_nothing(trainer, tmp_path):
     for callbacks in ([], [SharpnessMonitor(1, samples=64, settings=QUICK)]):
         module = classifier()
         torch.manual_seed(1)
-        trainer(callbacks=callbacks, max_epochs=2, log_every_n_steps=1).fit(module, datamodule=Digits(seed=1))
+        trainer(callbacks=callbacks, max_epochs=2, log_every_n_steps=1, limit_train_batches=4).fit(
+            module, datamodule=Digits(seed=1)
+        )
         states.append({**state_of(module), "random": torch.get_rng_state()})
     assert_same(*states)
 
@@ -119,7 +121,7 @@ def test_measures_are_those_of_fixed_training_samples(trainer, tmp_path):
     data = Digits(seed=1, eval_batch_size=40)
     monitor = SharpnessMonitor(every_n_epochs=2, samples=100, settings=QUICK)
     module = classifier()
-    found = logged(trainer, tmp_path, module, monitor, data={"datamodule": data}, max_epochs=4)
+    found = logged(trainer, tmp_path, module, monitor, data={"datamodule": data}, max_epochs=4, limit_train_batches=4)
     assert [row["epoch"] for row in monitor.history] == [2, 4]
     batches = data.training_sample(100, QUICK.seed)
     assert [len(labels) for _, labels in batches] == [40, 40, 20]
@@ -176,7 +178,7 @@ def test_history_goes_on_behind_a_checkpoint(trainer, tmp_path):
     def fit(epochs, resume=None):
         monitor = SharpnessMonitor(1, samples=64, settings=QUICK)
         saved = ModelCheckpoint(tmp_path, save_last=True, save_on_train_epoch_end=True)
-        made = trainer(max_epochs=epochs, callbacks=[monitor, saved], enable_checkpointing=True)
+        made = trainer(max_epochs=epochs, callbacks=[monitor, saved], enable_checkpointing=True, limit_train_batches=4)
         made.fit(classifier(), datamodule=Digits(seed=1), ckpt_path=resume)
         return monitor
 
