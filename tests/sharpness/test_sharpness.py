@@ -211,6 +211,8 @@ def test_the_average_case_of_a_quadratic_is_half_its_trace(scale):
     errors = [(estimate.mean - 0.2**2 * half) / estimate.standard_error for estimate in found]
     assert sum(abs(error) <= 3 for error in errors) >= 0.98 * len(errors)  # squares of normals: skewed
     assert stdev(errors) == pytest.approx(1, abs=0.2)
+    means = [estimate.mean for estimate in found]
+    assert abs(fmean(means) - 0.2**2 * half) < 3 * stdev(means) / len(means) ** 0.5  # no bias
 
 
 def test_a_loss_that_explodes_in_the_ball_is_told():
