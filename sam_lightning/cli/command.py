@@ -54,7 +54,7 @@ class CLI(LightningCLI):
         return {**LightningCLI.subcommands(), **own}
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self._words = list(sys.argv[1:] if kwargs["args"] is None else kwargs["args"])
+        self._words = list(sys.argv[1:] if kwargs.get("args") is None else kwargs["args"])
         super().__init__(*args, **kwargs)
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:

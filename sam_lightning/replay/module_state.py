@@ -11,7 +11,7 @@ from torch.nn.parameter import is_lazy
 from sam_lightning.replay.attributes import Attributes, Owner, objects_in, with_prefixes
 from sam_lightning.replay.batch_copies import version
 from sam_lightning.replay.mutable_values import is_small
-from sam_lightning.tensors.copies import copies, copy
+from sam_lightning.tensors.copies import copies, copy_by_kind
 from sam_lightning.tensors.shards import local_parts
 
 _SETTINGS_ONLY = ("torch.", "torchvision.")  # packages whose modules' attributes are settings
@@ -222,4 +222,4 @@ def _has_values(tensor: Tensor) -> bool:
 def _restore(values: list[tuple[Tensor, Tensor | None]]) -> None:
     """Writes each tensor's value, where there is one, into it."""
     known = [(tensor.detach(), value) for tensor, value in values if value is not None]
-    copy([value for _, value in known], [tensor for tensor, _ in known])
+    copy_by_kind([value for _, value in known], [tensor for tensor, _ in known])

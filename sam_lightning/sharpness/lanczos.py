@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-_CHUNK = 2**14  # entries added up in single precision, which over 1e7 loses up to 1 %
+_CHUNK = 2**14  # entries of vectors that are worked on at once, in float64 or in new memory
 _MOST_PRODUCTS = 1000
 
 
@@ -16,7 +16,7 @@ class CurvatureError(RuntimeError):
 def inner(vectors: Tensor, vector: Tensor) -> Tensor:
     """Inner products of (K, P) with (P,): (K,), in float64."""
     chunks = zip(torch.split(vectors, _CHUNK, dim=1), torch.split(vector, _CHUNK), strict=True)
-    return torch.stack([rows @ part for rows, part in chunks]).sum(0, dtype=torch.float64)
+    return torch.stack([rows.double() @ part.double() for rows, part in chunks]).sum(0)
 
 
 def largest(

@@ -28,7 +28,7 @@ def copies(tensors: list[Tensor]) -> list[Tensor]:
     """Copies in fresh memory, of tensors of any class."""
     fresh = [torch.empty_like(t) if type(t) in PLAIN else t.detach().clone() for t in tensors]
     plain = [i for i, t in enumerate(tensors) if type(t) in PLAIN]
-    copy([tensors[i] for i in plain], [fresh[i] for i in plain])
+    copy_by_kind([tensors[i] for i in plain], [fresh[i] for i in plain])
     return fresh
 
 
@@ -36,13 +36,18 @@ def copies(tensors: list[Tensor]) -> list[Tensor]:
 def copy(sources: list[Tensor], targets: list[Tensor]) -> None:
     """Copies in place: a sharded weight that is given other storage is not the one that its module gathers.
 
-    Part by part: torch has no rule for copying lists of sharded tensors. In one operation for all of a kind, which is
-    what an accelerator likes: mixed kinds in one operation would be copied one by one.
+    Part by part: torch has no rule for copying lists of sharded tensors.
     """
+    if targets:
+        torch._foreach_copy_(local_parts(targets), local_parts(sources))
+
+
+def copy_by_kind(sources: list[Tensor], targets: list[Tensor]) -> None:
+    """Copies in place, tensors of mixed kinds: an accelerator would copy those in one operation one by one."""
     kinds: dict[tuple[torch.dtype, torch.device], tuple[list[Tensor], list[Tensor]]] = {}
-    for source, target in zip(local_parts(sources), local_parts(targets), strict=True):
-        targets_of_kind, sources_of_kind = kinds.setdefault((target.dtype, target.device), ([], []))
-        targets_of_kind.append(target)
+    for source, target in zip(sources, targets, strict=True):
+        sources_of_kind, targets_of_kind = kinds.setdefault((target.dtype, target.device), ([], []))
         sources_of_kind.append(source)
+        targets_of_kind.append(target)
     for pair in kinds.values():
-        torch._foreach_copy_(*pair)
+        copy(*pair)

@@ -25,7 +25,7 @@ def run(folder: Path, *commands: list[str], environments=None) -> dict[str, torc
             env = environment() | (environments[i] if environments else {})
             with (folder / f"output{i}").open("w") as output:
                 running.append(forking.Popen(command, cwd=folder, env=env, stdout=output, stderr=output))
-        codes = [process.wait(timeout=300) for process in running]
+        codes = [process.wait(timeout=120) for process in running]
     finally:
         for process in running:
             process.kill()

@@ -3,7 +3,8 @@
 `Popen` and `run` are those of `subprocess`, but that a command `[sys.executable, "-m", module, ...]`, or one with a
 script, becomes a fork of a process that has imported the package and run nothing. What such a process starts itself,
 the ranks of a torchrun or a study's workers, it forks from itself in the same way. All else is as in a process of its
-own: number, signals, exit code, files, environment, working directory.
+own: number, signals, exit code, files, environment, working directory. Where the kernel is not Linux, a command is
+started as it stands.
 """
 
 import ast
@@ -43,7 +44,7 @@ class _Forking(subprocess.Popen):
 
     def _execute_child(self, args, executable, preexec_fn, close_fds, pass_fds, cwd, env, *rest):
         words = words_of(args)
-        if not words or preexec_fn or pass_fds:
+        if sys.platform != "linux" or not words or preexec_fn or pass_fds:
             super()._execute_child(args, executable, preexec_fn, close_fds, pass_fds, cwd, env, *rest)
             return
         p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite = rest[3:9]
@@ -103,8 +104,6 @@ def run(command, timeout=None, check=False, **options):
 @functools.cache
 def _server(imported):
     """The connection to this process's server with or without the package, which ends with it."""
-    if sys.platform != "linux":
-        raise OSError("forked commands need Linux")
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
     ours, theirs = socket.socketpair()
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

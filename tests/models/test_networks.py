@@ -54,7 +54,7 @@ def test_a_trimmed_convolution_is_the_convolution(size, stride, kernel, padding,
     options = {"kernel_size": kernel, "stride": stride, "padding": padding, "dtype": torch.float64}
     whole, trimmed, x = convolutions(size, layout, **options)
     expected, found = (derivatives(layer, x) for layer in (whole, trimmed))
-    torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
 @LAYOUTS
