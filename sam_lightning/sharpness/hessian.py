@@ -94,10 +94,13 @@ class Hessian:
         return bits.to(self._dtype).mul_(2).sub_(1)
 
     def check_symmetric(self) -> None:
-        r"""Compares $a^\top H b$ with $b^\top H a$ for random a and b: their difference is about $\|H - H^\top\|_F$.
+        r"""Compares $a^\top H b$ with $b^\top H a$ for a and b of independent standard normals.
+
+        Their difference has the root mean square $\|H - H^\top\|_F$, since $E[(a^\top M b)^2] = \|M\|_F^2$ for
+        every M, and $\|H a\|$ has $\|H\|_F$.
 
         Raises:
-            CurvatureError: If it is not small against $\|H a\|$, about $\|H\|_F$, or if H is not finite.
+            CurvatureError: If the difference is not small against $\|H a\|$, or if H is not finite.
         """
         a, b = self.normal(), self.normal()
         Ha, Hb = torch.zeros_like(a), torch.zeros_like(b)
