@@ -1,7 +1,7 @@
 """ASAM: the ball is scaled by the size of the weights."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from sam_lightning.optim.checks import check_non_negative
 from sam_lightning.optim.parameter_groups import BaseOptimizer, Params
 from sam_lightning.optim.sharpness_aware import SharpnessAware
 from sam_lightning.tensors.norms import global_norm, reciprocal
-from sam_lightning.tensors.vectors import Scaled, divide_by_norm, parts_of
+from sam_lightning.tensors.vectors import Deferred, Scaled, add_, divide_by_norm, in_pieces
 
 
 class ASAM(SharpnessAware):
@@ -26,8 +26,8 @@ class ASAM(SharpnessAware):
     A bias is a parameter whose own name (behind the last dot) contains "bias", so `normalize_bias=False`
     needs `model.named_parameters()`.
 
-    State: none beside the base's. Cost: two passes; two copies of the weights, of which one, w, is
-    kept through the second pass, and T of about a million entries at a time.
+    State: none beside the base's. Cost: two passes; one copy of the weights, since e is computed when w moves,
+    some entries at a time.
 
     Args:
         params: `(name, parameter)` pairs, or groups of them; bare parameters if `normalize_bias=True`.
@@ -69,32 +69,7 @@ class ASAM(SharpnessAware):
 
     def displacement(self, weights: list[Tensor], grads: list[Tensor]) -> Sequence[Tensor]:
         """T^2 g / ||T g||."""
-        last = any(weight.dtype is torch.float16 for weight in weights)  # T^2 g may be beyond half precision
-        e: list[Tensor] = []
-        norms: list[Tensor] = []
-        for part in parts_of(weights):  # T and T g of one part are small and stay in the cache
-            T = self.units(weights[part])
-            Tg = list(torch._foreach_mul(T, grads[part]))
-            norms.append(global_norm(Tg).to(weights[0].device))
-            if not last:
-                torch._foreach_mul_(Tg, T)
-            e += Tg
-        norm = torch.linalg.vector_norm(torch.stack(norms))
-        if not last:
-            return Scaled(e, reciprocal(norm))
-        e = divide_by_norm(e, norm)
-        for part in parts_of(weights):
-            torch._foreach_mul_(e[part], self.units(weights[part]))
-        return e
-
-    def units(self, weights: list[Tensor]) -> list[Tensor]:
-        """T of each of the weights, which are parameters of this optimizer."""
-        T = list(torch._foreach_abs(weights))
-        torch._foreach_add_(T, self.eta)
-        for t, is_bias in zip(T, self._are_biases(weights), strict=True):
-            if is_bias:
-                t.fill_(1.0)
-        return T
+        return _SquaredUnits(weights, grads, self._are_biases(weights), self.eta)
 
     def _are_biases(self, weights: list[Tensor]) -> list[bool]:
         """Whether each of the weights keeps T = 1: the biases by name, unless they are scaled."""
@@ -106,3 +81,69 @@ class ASAM(SharpnessAware):
                 "model.parameters() (to around: names=model), or set normalize_bias=True."
             )
         return ["bias" in self.names[weight].rpartition(".")[2] for weight in weights]
+
+
+class _SquaredUnits(Deferred):
+    """T^2 g / ||T g|| of weights that have not moved yet.
+
+    Args:
+        weights: The weights w.
+        grads: Their gradients g.
+        are_biases: Whether each keeps T = 1.
+        eta: Added to |w| for T.
+        norm: ||T g|| over more weights than these; `None`: over these.
+    """
+
+    def __init__(
+        self, weights: list[Tensor], grads: list[Tensor], are_biases: list[bool], eta: float, norm: Tensor | None = None
+    ) -> None:
+        self._weights, self._grads, self._are_biases, self._eta = weights, grads, are_biases, eta
+        self._norm = self._length() if norm is None else norm
+
+    def __len__(self) -> int:
+        return len(self._weights)
+
+    @overload
+    def __getitem__(self, index: int) -> Tensor: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> "_SquaredUnits": ...
+
+    def __getitem__(self, index: int | slice) -> "Tensor | _SquaredUnits":
+        if isinstance(index, slice):
+            mine = self._weights[index], self._grads[index], self._are_biases[index]
+            return _SquaredUnits(*mine, self._eta, self._norm)
+        zero = torch.zeros_like(self._weights[index])
+        self[index : index + 1].add_to_([zero], 1.0)
+        return zero
+
+    def add_to_(self, targets: list[Tensor], factor: float) -> None:
+        inverse = reciprocal(self._norm)
+        for index, (target, w, g) in in_pieces(targets, self._weights, self._grads):
+            T = self._units(index, w)
+            e = list(torch._foreach_mul(T, g))
+            if w[0].dtype is torch.float16:  # T^2 g may be beyond it
+                e = divide_by_norm(e, self._norm.to(w[0].device))
+                torch._foreach_mul_(e, T)
+                add_(target, e, factor)
+            else:
+                torch._foreach_mul_(e, T)
+                scale = inverse.to(w[0].device) if isinstance(inverse, Tensor) else inverse
+                add_(target, Scaled(e, scale), factor)
+
+    def _length(self) -> Tensor:
+        norms = [
+            global_norm(list(torch._foreach_mul(self._units(index, w), g))).to(self._weights[0].device)
+            for index, (w, g) in in_pieces(self._weights, self._grads)
+        ]
+        norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
+        return norm
+
+    def _units(self, index: list[int], weights: list[Tensor]) -> list[Tensor]:
+        """T of pieces of the weights of these indices."""
+        T = list(torch._foreach_abs(weights))
+        torch._foreach_add_(T, self._eta)
+        for i, t in zip(index, T, strict=True):
+            if self._are_biases[i]:
+                t.fill_(1.0)
+        return T

@@ -10,7 +10,7 @@ from sam_lightning.optim.blend import Blend
 from sam_lightning.optim.gradients import dense, gradients, refuse_sparse
 from sam_lightning.optim.method import Method
 from sam_lightning.optim.parameter_groups import RadiusGroups
-from sam_lightning.optim.rounding import warn_of_rounding
+from sam_lightning.optim.rounding import is_rounded, warn_of_rounding
 from sam_lightning.tensors.copies import copy
 from sam_lightning.tensors.shards import local_parts
 from sam_lightning.tensors.vectors import add_
@@ -94,14 +94,18 @@ class Perturbation(Method, RadiusGroups):
         if not weights:
             return
         e = self.displacement(weights, gradients(weights) if self.needs_first_gradient else [])
+        now = self._now
+        now.knows_rounding = now.knows_rounding or not is_rounded(weights)
+        wanted = [] if now.knows_rounding else list(e)  # before the weights move, of which it may be made
         rest = e
         for rho, group in groups:  # in the order of weights
             add_(group, rest[: len(group)], rho)
             rest = rest[len(group) :]
         torch.clear_autocast_cache()  # autocast keeps copies of the weights, and does not see that they moved
-        if not self._now.knows_rounding:
+        if not now.knows_rounding:
             radii = [rho for rho, group in groups for _ in group]
-            self._now.knows_rounding = warn_of_rounding(type(self).__name__, saved, local_parts(weights), e, radii)
+            moved, wanted = local_parts(weights), local_parts(wanted)
+            now.knows_rounding = warn_of_rounding(type(self).__name__, saved, moved, wanted, radii)
 
     @torch.no_grad()
     def _combine(self, kept: list[Tensor] | None, first: list[Tensor] | None) -> None:

@@ -1,22 +1,23 @@
 """How much of a displacement is left when the moved weights are rounded to half precision."""
 
 import warnings
-from collections.abc import Sequence
 from math import sqrt
 
 import torch
 from torch import Tensor, distributed
 
-from sam_lightning.tensors.shards import local_parts
-from sam_lightning.tensors.vectors import Scaled
-
 _HALF = (torch.float16, torch.bfloat16)
 _TOO_MUCH = 0.25  # of the length; the cosine between both displacements is then about 0.97
 
 
+def is_rounded(weights: list[Tensor]) -> bool:
+    """Whether a sum with one of these weights is rounded to half precision."""
+    return any(weight.dtype in _HALF for weight in weights)
+
+
 @torch.no_grad()
 def warn_of_rounding(
-    method: str, before: list[Tensor], after: list[Tensor], e: Sequence[Tensor], radii: list[float]
+    method: str, before: list[Tensor], after: list[Tensor], e: list[Tensor], radii: list[float]
 ) -> bool:
     r"""Warns if $\|fl(w + e) - (w + e)\| > \|e\| / 4$, where fl rounds to the weights' own type.
 
@@ -27,25 +28,19 @@ def warn_of_rounding(
         method: Who moves the weights, for the message.
         before: The local parts of the weights w.
         after: Those of the moved weights, fl(w + e), in the same order.
-        e: The displacement for a radius of 1, in the same order.
+        e: The local parts of the displacement for a radius of 1, in the same order.
         radii: The signed radius of each weight.
 
     Returns:
         Whether there is nothing more to measure; False after a step that displaces nothing.
     """
-    if not any(weight.dtype in _HALF for weight in after):
-        return True
-    factor = e.factor if isinstance(e, Scaled) else 1.0
-    if float(factor) == 0:  # nothing moves, even where a vector is not finite
-        return False
-    vectors = local_parts(list(e.vectors if isinstance(e, Scaled) else e))
     moved_square = square = product = 0.0
     moving = weights = 0
     dtype = next(weight.dtype for weight in after if weight.dtype in _HALF)
-    for old, new, vector, rho in zip(before, after, vectors, radii, strict=True):
+    for old, new, vector, rho in zip(before, after, e, radii, strict=True):
         if new.dtype in _HALF:
             moved = new.float() - old.float()
-            wanted = vector.float() * (rho * float(factor))
+            wanted = vector.float() * rho
             moved_square += float(moved.square().sum())
             square += float(wanted.square().sum())
             product += float((moved * wanted).sum())

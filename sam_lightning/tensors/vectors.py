@@ -1,7 +1,7 @@
 """Algebra over lists of tensors, which together are one vector, without waiting for an accelerator."""
 
-from collections.abc import Sequence
-from itertools import pairwise
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
 from typing import overload
 
 import torch
@@ -10,7 +10,8 @@ from torch import Tensor
 from sam_lightning.tensors.norms import global_norm, reciprocal
 from sam_lightning.tensors.shards import are_sharded, full_tensor
 
-_PART = 2**20  # entries
+_PIECE = 2**18  # entries that stay in a processor's cache through several operations
+_PIECE_OF_DEVICE = 2**24  # that keep an accelerator busy
 _FUSED = (torch.float32, torch.float16, torch.bfloat16)  # its learning rate is a float32
 
 
@@ -44,6 +45,14 @@ class Scaled(Sequence[Tensor]):
         return zero
 
 
+class Deferred(Sequence[Tensor]):
+    """Vectors that are computed where they are added, from what their targets are until then: they take no memory."""
+
+    @abstractmethod
+    def add_to_(self, targets: list[Tensor], factor: float) -> None:
+        """Targets += factor * vectors."""
+
+
 def unit_vector(vectors: list[Tensor]) -> Scaled:
     """The vectors over their L2 norm, all together; nothing where that is 0 or not finite."""
     return Scaled(vectors, reciprocal(global_norm(vectors)))
@@ -53,6 +62,9 @@ def unit_vector(vectors: list[Tensor]) -> Scaled:
 def add_(targets: list[Tensor], vectors: Sequence[Tensor], factor: float) -> None:
     """Targets += factor * vectors, in one multi-tensor operation where torch has it."""
     if not targets:
+        return
+    if isinstance(vectors, Deferred):
+        vectors.add_to_(targets, factor)
         return
     scale: Tensor | float = factor
     if isinstance(vectors, Scaled):
@@ -136,16 +148,43 @@ def _alike(tensors: list[Tensor]) -> bool:
     )
 
 
-def parts_of(tensors: list[Tensor]) -> list[slice]:
-    """Slices of a list with few entries each, on one device and of one type; one slice if any tensor is sharded."""
-    if any(are_sharded(tensors)):
-        return [slice(0, len(tensors))]
-    cuts, entries = [0], 0
-    for i, (before, tensor) in enumerate(pairwise(tensors), 1):
-        entries += before.numel()
-        if entries > _PART or tensor.dtype is not before.dtype or tensor.device != before.device:
-            cuts, entries = [*cuts, i], 0
-    return [slice(a, b) for a, b in zip(cuts, [*cuts[1:], len(tensors)], strict=True)]
+def in_pieces(*lists: list[Tensor]) -> Iterator[tuple[list[int], list[list[Tensor]]]]:
+    """Goes through lists of tensors of equal shapes a few entries at a time, as many as its device works on best.
+
+    Gives the index of each piece's tensor, and the pieces of each list: views of one device and type. Sharded tensors
+    come whole and all at once.
+    """
+    if any(are_sharded([tensor for tensors in lists for tensor in tensors])):
+        yield list(range(len(lists[0]))), list(lists)
+        return
+    index: list[int] = []
+    found: list[tuple[Tensor, ...]] = []
+    entries, last = 0, None
+    for i, tensors in enumerate(zip(*lists, strict=True)):
+        kind = tensors[0].device, tensors[0].dtype
+        limit = _PIECE if kind[0].type == "cpu" else _PIECE_OF_DEVICE
+        for views in _cut(tensors, limit):
+            if found and (kind != last or entries + views[0].numel() > limit):
+                yield index, [list(pieces) for pieces in zip(*found, strict=True)]
+                index, found, entries = [], [], 0
+            index.append(i)
+            found.append(views)
+            entries, last = entries + views[0].numel(), kind
+    if found:
+        yield index, [list(pieces) for pieces in zip(*found, strict=True)]
+
+
+def _cut(tensors: tuple[Tensor, ...], limit: int) -> Iterator[tuple[Tensor, ...]]:
+    """The tensors, or where they are large and their entries lie alike in memory, views of some of these entries."""
+    first = tensors[0]
+    if first.numel() <= limit or any(t.stride() != first.stride() for t in tensors):
+        return iter([tensors])
+    order = sorted(range(first.ndim), key=first.stride, reverse=True)
+    try:
+        flat = [t.permute(order).view(-1) for t in tensors]
+    except RuntimeError:  # with gaps in memory
+        return iter([tensors])
+    return zip(*(torch.split(t, limit) for t in flat), strict=True)
 
 
 @torch.no_grad()

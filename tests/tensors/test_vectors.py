@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from sam_lightning.tensors import norms
-from sam_lightning.tensors.vectors import Scaled, add_, divide_by_norm, inner_product, parts_of
+from sam_lightning.tensors import norms, vectors
+from sam_lightning.tensors.vectors import Scaled, add_, divide_by_norm, in_pieces, inner_product
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.complex64)
 
@@ -79,13 +79,39 @@ def test_half_products_neither_vanish_nor_overflow():
         assert inner_product(x, x).item() == pytest.approx(100 * x[0][0].item() ** 2, rel=1e-4)
 
 
-@pytest.mark.parametrize("sizes", [[], [1], [2**21], [2**19] * 7, [10, 2**21, 10, 2**21]])
-def test_parts_cover_a_list_in_order(sizes):
-    tensors = [torch.empty(size, device="meta") for size in sizes]
-    parts = parts_of(tensors)
-    together = [t for part in parts for t in tensors[part]]
-    assert all(a is b for a, b in zip(together, tensors, strict=True))
-    assert all(sum(t.numel() for t in tensors[part][:-1]) <= 2**20 for part in parts)
+LIKE = {
+    "dense": lambda x: x,
+    "channels last": lambda x: x.to(memory_format=torch.channels_last),
+    "transposed": lambda x: x.transpose(0, 1),
+}
+
+
+@pytest.mark.parametrize("like", LIKE)
+@pytest.mark.parametrize("count", [0, 1, 5])
+def test_pieces_cover_every_entry_once_and_are_views(monkeypatch, like, count):
+    monkeypatch.setattr(vectors, "_PIECE", 50)
+    tensors = [LIKE[like](torch.zeros(2 + i, 3, 2, 2)) for i in range(count)]
+    others = [LIKE[like](torch.randn(2 + i, 3, 2, 2)) for i in range(count)]
+    most = 0
+    for index, (parts, theirs) in in_pieces(tensors, others):
+        assert len(index) == len(parts) == len(theirs)
+        most = max(most, sum(part.numel() for part in parts))
+        for i, part, other in zip(index, parts, theirs, strict=True):
+            assert part.untyped_storage().data_ptr() == tensors[i].untyped_storage().data_ptr()
+            part.add_(other)
+    assert most <= 50
+    assert all(torch.equal(a, b) for a, b in zip(tensors, others, strict=True))
+
+
+def test_pieces_are_of_one_kind_and_whole_where_memory_differs(monkeypatch):
+    monkeypatch.setattr(vectors, "_PIECE", 50)
+    whole, apart = torch.zeros(4, 5, 2, 2), torch.zeros(4, 5, 4)[..., :2]
+    last = torch.zeros(4, 5, 2, 2).to(memory_format=torch.channels_last)
+    lists = [whole, torch.zeros(3), torch.zeros(3).double(), torch.zeros(3), apart], [last, *torch.zeros(3, 3), apart]
+    found = [(index, parts) for index, (parts, _) in in_pieces(*lists)]
+    assert [index for index, _ in found] == [[0], [1], [2], [3, 4]]
+    assert found[0][1][0] is whole
+    assert found[3][1][1] is apart
 
 
 @pytest.mark.parametrize("on_host", [True, False])  # else the branch that never reads from the device
