@@ -50,6 +50,12 @@ def ratios(info: dict) -> list[dict]:
         for network, label in (("resnet18", "ResNet-18"), ("many_small", "1,000 weights of 32x32"))
         for other in ("published loop", "barest loop", "pytorch_optimizer")
     ]
+    compared += [
+        (f"ascent and restoration, {variant}, 1e8 weights in 400 {dtype} tensors, 1 thread / leanest loop", name, None)
+        for variant in ("SAM", "ASAM")
+        for dtype in ("float32", "bfloat16")
+        for name in [f"b_a_hundred_million_weights[{variant}-{dtype}]"]
+    ]
     compared.append(("`fit` with its logs and a checkpoint / a bare loop", "c_an_epoch_of_fit", None))
     compared += [
         (f"batches, {label} / torchvision, 2 workers", f"d_batches[{augmented}]", None)
@@ -128,6 +134,11 @@ def remarks(info: dict) -> list[str]:
             f"`{own}` {seconds[own] - seconds[other]:+.2f} s beside `{other}`" for own, other in more.items()
         )
         said.append(f"Start: {starts}.")
+    lean = {name: entry["copies"] for name, entry in info.items() if name.startswith("b_a_hundred_million")}
+    if lean:
+        names = {name: re.sub(r".*\[(.*)-(.*)\]", r"\1 in \2", name) for name in lean}
+        copies = ", ".join(f"{names[name]} {count:.2f}" for name, count in lean.items())
+        said.append(f"Of 1e8 weights ascent and restoration take so many copies beside the gradients: {copies}.")
     if "g_memory" in info:
         said.append(f"Memory: SAM's peak is SGD's and {info['g_memory']['copies']:.2f} copies of the weights (aim: 1).")
     return said

@@ -38,7 +38,8 @@ class Method(ABC):
                 if `needs_first_gradient` is False.
 
         Returns:
-            One tensor per weight, as a list, `Scaled` or `Deferred`; the weights move to w + rho * e, rho being their group's.
+            One tensor per weight, as a list, `Scaled` or `Deferred`; the weights move to w + rho * e, rho being their
+            group's.
         """
 
     @property

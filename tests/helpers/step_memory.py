@@ -36,7 +36,7 @@ def peak(make) -> float:
     def loss():
         return (net(x) - y).square().mean()
 
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+    def steps():
         for _ in range(STEPS):
             if isinstance(optimizer, SharpnessAware):
                 optimizer.passes(loss)
@@ -44,9 +44,17 @@ def peak(make) -> float:
                 optimizer.zero_grad()
                 loss().backward()
             optimizer.step()
+
+    return most_alive(steps) / sum(p.nbytes for p in net.parameters())
+
+
+def most_alive(function) -> int:
+    """The most bytes that live at once of those that a function allocates."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        function()
     lives = most = 0
     for event in sorted(profiler.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
         if event.name() == "[memory]":
             lives += event.nbytes()
             most = max(most, lives)
-    return most / sum(p.nbytes for p in net.parameters())
+    return most
