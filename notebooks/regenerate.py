@@ -17,6 +17,7 @@ from PIL import Image
 from study_tables import (
     HERE,
     STUDIES,
+    cifar_sharpness_section,
     label_noise_section,
     quickstart_section,
     results_section,
@@ -39,6 +40,7 @@ SECTIONS: dict[str, dict[str, Callable[[], str]]] = {
         "label-noise": label_noise_section,
         "methods": methods_section,
         "sharpness": sharpness_section,
+        "cifar-sharpness": cifar_sharpness_section,
     },
     "tests/benchmarks/README.md": {"cost": cost_section},
 }

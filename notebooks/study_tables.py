@@ -29,6 +29,8 @@ PAPER = [
     ("C", "c", "c"),
     ("corrected", "corrected", "corrected"),
 ]
+# Those of which sharpness was measured: name, folder in results/, the two arms that are compared.
+MEASURED = [("A", "a-sharpness", "SGD, batch size 128", "SAM, batch size 128")]
 
 
 def quickstart_section() -> str:
@@ -173,3 +175,27 @@ def sharpness_section() -> str:
     )
     table = sharpness_statistics.as_text(numbers).to_markdown(index=False, disable_numparse=True)
     return "\n".join([table, "", f"{about} {conditions(results.runs.assign(study='digits'))}."])
+
+
+def cifar_sharpness_section() -> str:
+    """Sharpness of the paper's runs that were measured, and how often the second arm of a study has less of it."""
+    tables, said, runs = [], [], []
+    for name, folder, first, second in MEASURED:
+        results = read(HERE / "results" / folder)
+        runs.append(results.runs.assign(study=name))
+        numbers = sharpness_statistics.summary(results.sharpness, list(results.runs.cell.unique()))
+        epochs = ", ".join(str(count) for count in sorted(results.runs.epochs.unique()))
+        text = sharpness_statistics.as_text(numbers).set_index("measure")
+        tables.append(text.rename(columns=lambda cell, name=name, epochs=epochs: f"{name}, {epochs} epochs: {cell}"))
+        values = results.sharpness.pivot_table(index="measure", columns="cell", values="value")
+        if {first, second} <= set(values.columns):
+            less = (values[second] < values[first]).sum()
+            said.append(
+                f"- {name}: of {len(values)} measures {less} are lower for {second} than for {first}; the ratios are "
+                f"{(values[second] / values[first]).min():.2f} to {(values[second] / values[first]).max():.2f}."
+            )
+    table = pd.concat(tables, axis=1).reset_index().to_markdown(index=False, disable_numparse=True)
+    about = (
+        "Of the training loss on 1000 training samples at the end of training, by the key `sharpness` of the studies."
+    )
+    return "\n".join([table, "", *said, "", f"{about} {conditions(pd.concat(runs))}."])

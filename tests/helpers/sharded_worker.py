@@ -5,6 +5,7 @@ import os
 import sys
 import warnings
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,6 +20,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 from cases import BASES, CASES, Net, same, several_groups
 from regression import SAM_SGD, SGD, Regression, Tied, loader, make_data, make_network, state_of
+from sam_lightning import ASAM, SAM
 from sam_lightning.callbacks import RandomStates
 from sam_lightning.tensors import global_norm, norms
 from sam_lightning.tensors.shards import full_tensor, local_parts
@@ -98,8 +100,28 @@ def look_inside(case, bad=None):
     return {"norm": global_norm(grads), "moved": moved, "restored": restored}
 
 
+def told_of_rounding(make, rho):
+    """Warnings of two steps with weights in bfloat16, and whether they are restored."""
+    torch.manual_seed(0)
+    net = nn.Linear(40, 40).bfloat16()
+    shard(net, init_device_mesh("cpu", (2,)))
+    optimizer, before = make(net.named_parameters(), partial(torch.optim.SGD, lr=0.0), rho=rho), parts(net)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            optimizer.zero_grad()
+            net(torch.ones(2, 40).bfloat16()).square().mean().backward()
+            with optimizer.perturbed():
+                pass
+    told = [str(found.message) for found in caught if "||fl(w + e) - w||" in str(found.message)]
+    return {"told": told, "restored": same(parts(net), before)}
+
+
 def in_plain_pytorch():
     results = {"inside": {}}
+    results["rounding"] = {
+        (make.__name__, rho): told_of_rounding(make, rho) for make in (SAM, ASAM) for rho in (1e-3, 5.0)
+    }
     results["trained"] = {(case.name, base): train_plainly(case, base) for case, base in TRAINED}
     for case in CASES:
         for bad in (None, math.nan):

@@ -55,6 +55,14 @@ def test_a_gradient_that_is_not_finite_in_one_shard_moves_none(ranks, case, on):
         assert length(inside["moved"]) == 0
 
 
+@pytest.mark.parametrize("method", ["SAM", "ASAM"])
+def test_what_bfloat16_shards_lose_of_a_displacement_is_told_once_by_the_first_process(ranks, method):
+    first, second = ([rank["plain"]["rounding"][method, rho] for rho in (1e-3, 5.0)] for rank in ranks)
+    assert [len(found["told"]) for found in (*first, *second)] == [1, 0, 0, 0]
+    assert first[0]["told"][0].startswith(f"{method}: weights in bfloat16")
+    assert all(found["restored"] for found in (*first, *second))
+
+
 @pytest.mark.parametrize("after", ["inside", "trained"])
 def test_sharded_weights_are_restored_bit_for_bit(ranks, after):
     """After a pass that failed, and after those of a training."""
