@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -45,13 +45,21 @@ def threads_for(operations: float) -> Iterator[int]:
             torch.set_num_threads(before)
 
 
-def _quota(root: Path = Path("/sys/fs/cgroup")) -> int | None:
-    """The whole cores of the CPU quota that a container was given, at least 1; None without one."""
-    try:
-        if (root / "cpu.max").is_file():  # cgroup 2
-            quota, period = (root / "cpu.max").read_text().split()
-        else:
-            quota, period = ((root / f"cpu/cpu.cfs_{name}_us").read_text().strip() for name in ("quota", "period"))
-        return None if quota in ("max", "-1") else max(1, int(quota) // int(period))
-    except (OSError, ValueError):
-        return None
+def _quota(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> int | None:
+    """The whole cores of the least CPU quota of this process's control groups, at least 1; None without one."""
+    folders = {root, root / "cpu"}  # a container sees its own group as the root of version 2, or of 1
+    with suppress(OSError):
+        for line in own.read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            top = root / "cpu" if "cpu" in controllers.split(",") else root if not controllers else None
+            group = Path(path).relative_to("/")
+            folders |= {top / above for above in (group, *group.parents)} if top else set()
+    found = []
+    for folder in folders:
+        with suppress(OSError, ValueError):  # no such file, or no limit
+            if (folder / "cpu.max").is_file():
+                quota, period = map(int, (folder / "cpu.max").read_text().split())
+            else:
+                quota, period = (int((folder / f"cpu.cfs_{name}_us").read_text()) for name in ("quota", "period"))
+            found += [max(1, quota // period)] if quota > 0 else []
+    return min(found, default=None)

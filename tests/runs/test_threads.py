@@ -61,13 +61,20 @@ def test_cores_are_those_of_affinity_container_and_allocation(monkeypatch, tmp_p
         ({"cpu/cpu.cfs_quota_us": "300000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 3),
         ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, None),
         ({}, None),
+        # A job's group, of which the machine is seen as a whole: its own limit and those of the groups around it.
+        ({"own": "0::/slurm/job1/step0\n", "slurm/job1/cpu.max": "300000 100000\n"}, 3),
+        ({"own": "0::/a/b\n", "a/b/cpu.max": "900000 100000\n", "a/cpu.max": "200000 100000\n"}, 2),
+        ({"own": "0::/a\n", "a/cpu.max": "max 100000\n"}, None),
+        ({"own": "0::/elsewhere\n", "cpu.max": "400000 100000\n"}, 4),
+        ({"own": "4:cpu,cpuacct:/a\n0::/\n", "cpu/a/cpu.cfs_quota_us": "5", "cpu/a/cpu.cfs_period_us": "2"}, 2),
+        ({"own": "4:memory:/a\n", "a/cpu.max": "100000 100000\n"}, None),
     ],
 )
-def test_a_containers_quota(tmp_path, files, cores):
+def test_a_containers_or_a_jobs_quota(tmp_path, files, cores):
     for name, content in files.items():
-        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(content)
-    assert threads._quota(tmp_path) == cores
+    assert threads._quota(tmp_path, tmp_path / "own") == cores
 
 
 @pytest.mark.parametrize(("width", "expected"), [(8, 1), (2000, 4)])
