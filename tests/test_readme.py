@@ -104,7 +104,7 @@ def test_tables_and_figures_are_those_of_the_stored_results(monkeypatch):
     sections = {page: [name for name, _ in re.findall(GENERATED, text, re.DOTALL)] for page, text in TEXTS.items()}
     assert {page: names for page, names in sections.items() if names} == {
         "README.md": ["quickstart"],
-        "notebooks/README.md": ["results", "label-noise", "methods", "sharpness"],
+        "notebooks/README.md": ["results", "label-noise", "methods", "sharpness", "cifar-sharpness"],
         "tests/benchmarks/README.md": ["cost"],
     }
     monkeypatch.syspath_prepend(ROOT / "notebooks")
