@@ -53,6 +53,21 @@ def barest_ascent(parameters: list[nn.Parameter], rho: float) -> list[Tensor]:
     return old
 
 
+def leanest(weights, saved, adaptive):
+    """Ascent and restoration in multi-tensor operations over all weights, with a kept copy and nothing checked."""
+    grads = [w.grad for w in weights]
+    torch._foreach_copy_(saved, weights)
+    if adaptive:
+        T = torch._foreach_abs(weights)
+        torch._foreach_add_(T, 0.01)
+        grads = torch._foreach_mul(grads, T)
+    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads, 2, dtype=torch.float32)))
+    if adaptive:
+        torch._foreach_mul_(grads, T)
+    torch._foreach_add_(weights, grads, alpha=0.05 / norm.item())
+    torch._foreach_copy_(weights, saved)
+
+
 class PaperRun:
     """Study A's SAM arm as the paper's code ran it: torchvision's data with 2 workers, two steps, `.item()`."""
 

@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 import torch
 from alternating import DEVICE, clock, conditions
-from published import TwoStepSAM, barest_ascent
+from published import TwoStepSAM, barest_ascent, leanest
 from torch import nn
 from torch.nn.functional import cross_entropy
 
@@ -139,21 +139,6 @@ def test_b_ascent_and_restoration(compare, network):
         warmup=5,
         bound=0.8 if len(parameters) < 1000 else 0.4,
     )
-
-
-def leanest(weights, saved, adaptive):
-    """Ascent and restoration in multi-tensor operations over all weights, with a kept copy and nothing checked."""
-    grads = [w.grad for w in weights]
-    torch._foreach_copy_(saved, weights)
-    if adaptive:
-        T = torch._foreach_abs(weights)
-        torch._foreach_add_(T, 0.01)
-        grads = torch._foreach_mul(grads, T)
-    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads, 2, dtype=torch.float32)))
-    if adaptive:
-        torch._foreach_mul_(grads, T)
-    torch._foreach_add_(weights, grads, alpha=0.05 / norm.item())
-    torch._foreach_copy_(weights, saved)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
