@@ -1,6 +1,6 @@
 """ASAM: the ball is scaled by the size of the weights."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, overload
 
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor
 from sam_lightning.optim.checks import check_non_negative
 from sam_lightning.optim.parameter_groups import BaseOptimizer, Params
 from sam_lightning.optim.sharpness_aware import SharpnessAware
-from sam_lightning.tensors.norms import global_norm, reciprocal
+from sam_lightning.tensors.norms import norm_of_pieces, reciprocal
 from sam_lightning.tensors.vectors import Deferred, Scaled, add_, divide_by_norm, in_pieces
 
 
@@ -119,25 +119,28 @@ class _SquaredUnits(Deferred):
 
     def add_to_(self, targets: list[Tensor], factor: float) -> None:
         inverse = reciprocal(self._norm)
+        if not isinstance(inverse, Tensor) and inverse == 0:
+            return
         for index, (target, w, g) in in_pieces(targets, self._weights, self._grads):
             T = self._units(index, w)
-            e = list(torch._foreach_mul(T, g))
-            if w[0].dtype is torch.float16:  # T^2 g may be beyond it
-                e = divide_by_norm(e, self._norm.to(w[0].device))
+            if w[0].dtype is torch.float16:  # T^2 and T^2 g may be beyond it
+                e = divide_by_norm(list(torch._foreach_mul(T, g)), self._norm.to(w[0].device))
                 torch._foreach_mul_(e, T)
                 add_(target, e, factor)
+                continue
+            torch._foreach_mul_(T, T)
+            if isinstance(inverse, Tensor):
+                add_(target, Scaled(list(torch._foreach_mul(T, g)), inverse.to(w[0].device)), factor)
             else:
-                torch._foreach_mul_(e, T)
-                scale = inverse.to(w[0].device) if isinstance(inverse, Tensor) else inverse
-                add_(target, Scaled(e, scale), factor)
+                # From the left, so that g / ||T g|| comes first: T^2 / ||T g|| may be beyond the type.
+                torch._foreach_addcmul_(target, g, T, value=factor * inverse)
 
     def _length(self) -> Tensor:
-        norms = [
-            global_norm(list(torch._foreach_mul(self._units(index, w), g))).to(self._weights[0].device)
-            for index, (w, g) in in_pieces(self._weights, self._grads)
-        ]
-        norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
-        return norm
+        def pieces() -> Iterator[list[Tensor]]:
+            for index, (w, g) in in_pieces(self._weights, self._grads):
+                yield list(torch._foreach_mul(self._units(index, w), g))
+
+        return norm_of_pieces(pieces)
 
     def _units(self, index: list[int], weights: list[Tensor]) -> list[Tensor]:
         """T of pieces of the weights of these indices."""

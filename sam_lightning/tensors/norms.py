@@ -1,6 +1,7 @@
 """Norms over many tensors together."""
 
 import math
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -11,20 +12,31 @@ _LOW_PRECISION = (torch.float16, torch.bfloat16)
 _PIECE = 2**18  # torch sums a long float32 tensor on the CPU in a few lanes: 1 % is lost at 1e8 entries
 
 
-@torch.no_grad()
 def global_norm(tensors: list[Tensor]) -> Tensor:
     """The L2 norm of all entries together, 0-dimensional; half precision is summed in float32.
 
     Of sharded tensors, over all their shards: every process must call this. On the CPU it is right for all entries
     that the type can hold; on an accelerator squares overflow above 1e19 and vanish below 1e-22.
     """
-    norm = _norm(tensors, 2.0)
-    if tensors and _is_on_host(norm) and not math.sqrt(torch.finfo(norm.dtype).tiny) * 1e4 < norm < math.inf:
-        largest = _norm(tensors, math.inf)
+    return norm_of_pieces(lambda: [tensors])
+
+
+@torch.no_grad()
+def norm_of_pieces(pieces: Callable[[], Iterable[list[Tensor]]]) -> Tensor:
+    """`global_norm` of tensors that are not in memory all at once.
+
+    Args:
+        pieces: Gives them, some at a time; called again where squares leave what the type can hold.
+    """
+
+    def norm_in_units(unit: float, dtype: torch.dtype) -> Tensor:
+        return _together([_norm([t.to(torch.promote_types(t.dtype, dtype)) / unit for t in p], 2.0) for p in pieces()])
+
+    norm = _together([_norm(piece, 2.0) for piece in pieces()])
+    if _is_on_host(norm) and not math.sqrt(torch.finfo(norm.dtype).tiny) * 1e4 < norm < math.inf:
+        largest = _together([_norm(piece, math.inf) for piece in pieces()], math.inf)
         if 0 < largest < math.inf:
-            return largest * _norm(
-                [t.to(torch.promote_types(t.dtype, norm.dtype)) / float(largest) for t in tensors], 2.0
-            )
+            return largest * norm_in_units(float(largest), norm.dtype)
     return norm
 
 
@@ -42,10 +54,15 @@ def _norm(tensors: list[Tensor], order: float) -> Tensor:
         if not sharded and _is_on_host(same[0]):
             same = _pieces(same)
         norms += torch._foreach_norm(same, order, dtype=torch.float32 if dtype in _LOW_PRECISION else None)
-    first = kinds[0][0]
-    if any(device != first for device, _, _ in different):
-        norms = [norm.to(first) for norm in norms]
-    return full_tensor(torch.linalg.vector_norm(torch.stack(norms), order))
+    return full_tensor(_together(norms, order))
+
+
+def _together(norms: list[Tensor], order: float = 2.0) -> Tensor:
+    """The norm of what has these norms, on the first one's device."""
+    device = norms[0].device
+    if any(norm.device != device for norm in norms):
+        norms = [norm.to(device) for norm in norms]
+    return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms), order)
 
 
 def _pieces(tensors: list[Tensor]) -> list[Tensor]:

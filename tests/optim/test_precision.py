@@ -144,6 +144,16 @@ def test_every_finite_gradient_reaches_the_ball(make, dtype, exponent):
     assert length([e.double() for e in displaced(optimizer, nn.ParameterList([w]))]) == pytest.approx(0.5, rel=0.01)
 
 
+@pytest.mark.parametrize("size", [1e-3, 1.0, 1e2, 1e4])
+@pytest.mark.parametrize("exponent", [-37, -30, 0, 30, 33])
+def test_every_finite_gradient_reaches_asams_ball_around_weights_of_any_size(exponent, size):
+    w = nn.Parameter(torch.full((1000,), size))
+    w.grad = torch.full_like(w, 10.0**exponent)
+    optimizer = ASAM([("weight", w)], SGD, rho=0.5)
+    e = displaced(optimizer, nn.ParameterList([w]))[0].double()
+    assert e.norm().item() / (size + optimizer.eta) == pytest.approx(0.5, rel=0.01)
+
+
 @pytest.mark.parametrize("on_host", [True, False])
 def test_norms_of_types_together(monkeypatch, on_host):
     monkeypatch.setattr(norms, "_is_on_host", lambda tensor: on_host)
@@ -153,6 +163,13 @@ def test_norms_of_types_together(monkeypatch, on_host):
     assert global_norm([]).item() == 0.0
     assert math.isnan(global_norm([torch.tensor([1.0, math.nan])]).item())
     assert global_norm([torch.tensor([1.0, -math.inf])]).item() == math.inf
+
+
+@pytest.mark.parametrize("exponent", [-37, -21, 0, 21, 36])
+def test_the_norm_of_pieces_that_are_made_one_by_one(exponent):
+    parts = [torch.randn(50, generator=torch.Generator().manual_seed(i)) * 10.0**exponent for i in range(3)]
+    exact = torch.cat(parts).double().norm().item()
+    assert norms.norm_of_pieces(lambda: ([part] for part in parts)).item() == pytest.approx(exact, rel=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
