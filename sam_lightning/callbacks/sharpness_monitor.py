@@ -13,6 +13,7 @@ from sam_lightning.optim import SharpnessAware
 from sam_lightning.optim.checks import check_integer
 from sam_lightning.sharpness import CurvatureError, Settings, Sharpness, measure
 from sam_lightning.sharpness.adaptive import real
+from sam_lightning.sharpness.measures import Tell
 from sam_lightning.tensors import global_norm
 from sam_lightning.training import SharpnessAwareTraining
 from sam_lightning.training.measured_loss import measured_loss
@@ -156,10 +157,12 @@ class SharpnessMonitor(Callback):
         pl_module.log_dict({f"sharpness/{name}": value for name, value in values.items()})
 
 
-def measure_module(module: LightningModule, batches: list[Any], settings: Settings) -> Sharpness:
+def measure_module(
+    module: LightningModule, batches: list[Any], settings: Settings, tell: Tell | None = None
+) -> Sharpness:
     """Measures the loss that `training_step` returns."""
     with measured_loss(module) as loss:
-        return measure(module, loss, batches, settings)
+        return measure(module, loss, batches, settings, tell)
 
 
 def _step(trainer: Trainer) -> SharpStep | None:

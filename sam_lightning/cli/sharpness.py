@@ -60,11 +60,14 @@ class MeasuringTrainer(Trainer):
             MeasureError: If module or data cannot be measured, or `samples` is less than 1.
         """
         batches = self._ready(model, datamodule, ckpt_path, samples, settings.seed)
-        found = measure_module(model, batches, settings)
         device = self.strategy.root_device
+        count = sum(map(samples_in, batches))
+        _show("checkpoint", ckpt_path)
+        _show("samples", count)
+        found = measure_module(model, batches, settings, _show_measure)  # at once: the last may be minutes away
         content = {
             "checkpoint": str(ckpt_path),
-            "samples": sum(map(samples_in, batches)),
+            "samples": count,
             "samples_asked": samples,
             "settings": asdict(settings),
             "measures": {name: {"value": v, "standard_error": error} for name, (v, error) in found.rows().items()},
@@ -75,12 +78,7 @@ class MeasuringTrainer(Trainer):
         }
         with replacing(Path(self.default_root_dir) / SHARPNESS) as draft:
             draft.write_text(json.dumps(content, indent=1))
-        for name, (value, error) in found.rows().items():
-            spread = "" if error is None else f" ± {error:.2g} (standard error)"
-            print(f"{name.replace('_', ' '):<28}{value:.4g}{spread}")
-        for name in ("samples", "checkpoint"):
-            print(f"{name:<28}{content[name]}")
-        print(f"{'stored':<28}{Path(self.default_root_dir) / SHARPNESS}")
+        _show("stored", Path(self.default_root_dir) / SHARPNESS)
         return content
 
     def landscape(
@@ -161,3 +159,12 @@ class MeasuringTrainer(Trainer):
         model.load_state_dict(read_checkpoint(Path(str(ckpt_path)))["state_dict"])
         model.to(self.strategy.root_device)
         return training_sample(self, samples, seed)
+
+
+def _show(name: str, value: object) -> None:
+    print(f"{name:<28}{value}", flush=True)
+
+
+def _show_measure(name: str, value: float, standard_error: float | None) -> None:
+    spread = "" if standard_error is None else f" ± {standard_error:.2g} (standard error)"
+    _show(name.replace("_", " "), f"{value:.4g}{spread}")

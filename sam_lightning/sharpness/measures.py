@@ -1,8 +1,9 @@
 """All measures together, as they are kept with a run."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, TypeAlias
 
 from torch import nn
 
@@ -13,6 +14,8 @@ from sam_lightning.sharpness.objective import Estimate, Loss
 from sam_lightning.sharpness.preserved_state import BatchNorm
 from sam_lightning.sharpness.trace import hessian_trace
 from sam_lightning.sharpness.worst_case import worst_case_sharpness
+
+Tell: TypeAlias = Callable[[str, float, float | None], object]
 
 
 @dataclass(frozen=True)
@@ -75,15 +78,13 @@ class Sharpness:
 
     def rows(self) -> dict[str, tuple[float, float | None]]:
         """(value, standard error) by name: `worst_case`, `adaptive_worst_case`, and so on."""
-        found: dict[str, tuple[float, float | None]] = {}
-        for prefix, measures in (("", self.plain), ("adaptive_", self.adaptive)):
-            for name, value in vars(measures).items():
-                is_estimate = isinstance(value, Estimate)
-                found[prefix + name] = (value.mean, value.standard_error) if is_estimate else (value, None)
-        return found
+        scales = (("", self.plain), ("adaptive_", self.adaptive))
+        return {prefix + name: _row(value) for prefix, measures in scales for name, value in vars(measures).items()}
 
 
-def measure(network: nn.Module, loss: Loss, batches: Iterable[Any], settings: Settings | None = None) -> Sharpness:
+def measure(
+    network: nn.Module, loss: Loss, batches: Iterable[Any], settings: Settings | None = None, tell: Tell | None = None
+) -> Sharpness:
     """Every measure of this package, plain and adaptive.
 
     Args:
@@ -91,13 +92,14 @@ def measure(network: nn.Module, loss: Loss, batches: Iterable[Any], settings: Se
         loss: The mean loss of a batch.
         batches: The data of this process.
         settings: What is measured; by default `Settings()`.
+        tell: Called with each measure as soon as it is found: its name, value, and standard error or `None`.
 
     Cost: with the defaults about 260 gradients over all data (the digits network).
     """
     batches = list(batches)
     settings = settings or Settings()
-    plain = _measure(network, loss, batches, settings, None, settings.rho, settings.sigma)
-    adaptive = _measure(network, loss, batches, settings, Adaptive(), settings.rho_adaptive, settings.sigma_adaptive)
+    plain = _measure(network, loss, batches, settings, None, tell)
+    adaptive = _measure(network, loss, batches, settings, Adaptive(), tell)
     return Sharpness(plain, adaptive)
 
 
@@ -107,18 +109,27 @@ def _measure(
     batches: list[Any],
     settings: Settings,
     scale: Adaptive | None,
-    rho: float,
-    sigma: float,
+    tell: Tell | None,
 ) -> Measures:
-    m, norm, seed, draws = settings.m, settings.batch_norm, settings.seed, settings.draws
-    return Measures(
-        largest_eigenvalue=largest_eigenvalues(network, loss, batches, scale=scale, m=m, batch_norm=norm, seed=seed)[0],
-        trace=hessian_trace(network, loss, batches, draws=draws, scale=scale, batch_norm=norm, seed=seed),
-        one_step=worst_case_sharpness(network, loss, batches, rho=rho, scale=scale, m=m, batch_norm=norm, seed=seed),
-        worst_case=worst_case_sharpness(
-            network, loss, batches, rho=rho, steps=settings.steps, scale=scale, m=m, batch_norm=norm, seed=seed
-        ),
-        average_case=average_case_sharpness(
-            network, loss, batches, sigma=sigma, draws=draws, scale=scale, batch_norm=norm, seed=seed
-        ),
-    )
+    prefix = "adaptive_" if scale else ""
+    rho, sigma = (settings.rho_adaptive, settings.sigma_adaptive) if scale else (settings.rho, settings.sigma)
+    common: dict[str, Any] = {"scale": scale, "batch_norm": settings.batch_norm, "seed": settings.seed}
+    largest = partial(largest_eigenvalues, m=settings.m)
+    worst = partial(worst_case_sharpness, rho=rho, m=settings.m)
+    measures: dict[str, Callable[..., Any]] = {
+        "largest_eigenvalue": lambda *what, **how: largest(*what, **how)[0],
+        "trace": partial(hessian_trace, draws=settings.draws),
+        "one_step": worst,
+        "worst_case": partial(worst, steps=settings.steps),
+        "average_case": partial(average_case_sharpness, sigma=sigma, draws=settings.draws),
+    }
+    found = {}
+    for name, of in measures.items():
+        found[name] = of(network, loss, batches, **common)
+        if tell:
+            tell(prefix + name, *_row(found[name]))
+    return Measures(**found)
+
+
+def _row(value: float | Estimate) -> tuple[float, float | None]:
+    return (value.mean, value.standard_error) if isinstance(value, Estimate) else (value, None)

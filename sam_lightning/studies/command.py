@@ -91,7 +91,7 @@ def _parser() -> argparse.ArgumentParser:
         command.epilog = _SETTINGS
         command.add_argument("study", help="a study file, or the name of a packaged study, such as quickstart")
         command.add_argument("--root", type=Path, default=Path("runs"), help="where runs are written (default: runs)")
-    run.add_argument("--dry-run", action="store_true", help="print each run as a fit command; train nothing")
+    run.add_argument("--dry-run", action="store_true", help="print each run's commands; train nothing")
     run.add_argument("--only", action="append", default=[], metavar="KEY=VALUE,...", help="a part: arm, seed, grid key")
     run.add_argument("--jobs", type=_positive, help="runs at once (default: what the GPUs, else the CPU's cores allow)")
     run.add_argument("--jobs-per-device", type=_positive, default=1, help="runs at once on each GPU (default: 1)")

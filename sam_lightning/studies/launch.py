@@ -26,7 +26,8 @@ def launch(study: Study, options: argparse.Namespace) -> int:
     runs = select(runs_of(study), options.only)
     if options.dry_run:
         for run in runs:
-            print(f"OMP_NUM_THREADS={options.threads} sam-lightning {shlex.join(run.command(options.root))}")
+            for words in run.commands(options.root):
+                print(f"OMP_NUM_THREADS={options.threads} sam-lightning {shlex.join(words)}")
         return 0
     todo = [run for run in runs if not run.is_finished(options.root)]
     print(f"{study.question} {len(runs)} runs in {options.root}, {len(todo)} to do.", flush=True)

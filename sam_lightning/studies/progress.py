@@ -43,6 +43,8 @@ class Display:
                 self._given[name] = event.epochs
             self._behind[name] = event.epochs
             self._bars[name].update(event.epochs - self._bars[name].n)
+            if event.run.sharpness and event.epochs == self._epochs[name]:  # which may take longer than an epoch
+                self._bars[name].set_description(f"{label}, measuring sharpness")
         else:
             self._bars.pop(name).close()
             if event.kind == "retried":

@@ -35,9 +35,11 @@ class Run:
     name: str
     sharpness: SharpnessSpec | None = None
 
-    def command(self, root: Path) -> list[str]:
-        """The whole command behind `sam-lightning`."""
-        return [*self.words, "--trainer.default_root_dir", str(root / self.name)]
+    def commands(self, root: Path) -> list[list[str]]:
+        """The whole commands behind `sam-lightning`: the training, and what measures it."""
+        folder = root / self.name
+        fit = [*self.words, "--trainer.default_root_dir", str(folder)]
+        return [fit, self.sharpness.command(folder)] if self.sharpness else [fit]
 
     def is_finished(self, root: Path) -> bool:
         """Whether it has its result, and was measured as its study asks."""

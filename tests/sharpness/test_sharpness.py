@@ -5,6 +5,7 @@ import math
 import os
 import sys
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from statistics import fmean, stdev
 
@@ -434,7 +435,13 @@ def test_everything_is_measured_as_set():
     network = Classifier()
     what = (network, network.loss, batches(10))
     settings = Settings(rho=0.07, rho_adaptive=0.3, steps=3, sigma=0.02, sigma_adaptive=0.2, draws=4, m=5, seed=6)
-    found = measure(*what, settings)
+    told, passes = [], []  # told as soon as it is found, before the next one's passes
+
+    def loss(batch):
+        passes.append(batch)
+        return network.loss(batch)
+
+    found = measure(network, loss, what[2], settings, lambda *row: told.append((row, len(passes))))
     for scale, rho, sigma, measures in (
         (None, 0.07, 0.02, found.plain),
         (Adaptive(), 0.3, 0.2, found.adaptive),
@@ -448,6 +455,8 @@ def test_everything_is_measured_as_set():
     rows = found.rows()
     assert rows["adaptive_trace"] == (found.adaptive.trace.mean, found.adaptive.trace.standard_error)
     assert rows["worst_case"] == (found.plain.worst_case, None)
+    assert [row for row, _ in told] == [(name, *row) for name, row in rows.items()]
+    assert all(before < after for (_, before), (_, after) in pairwise(told))
     assert len(rows) == 10
 
 

@@ -167,7 +167,7 @@ def test_a_pasted_command_gives_the_studys_result(undisturbed, tmp_path):
     """A fresh process, where the study's worker was warm."""
     path, root, _ = undisturbed
     run = runs_in(path)[-1]
-    words = [sys.executable, "-m", "sam_lightning", *run.command(tmp_path)]
+    words = [sys.executable, "-m", "sam_lightning", *run.commands(tmp_path)[0]]
     forking.run(words, check=True, env=ENVIRONMENT)
     pasted, studied = (read_checkpoint(folder / run.name / "checkpoints/last.ckpt") for folder in (tmp_path, root))
     for name, value in studied["state_dict"].items():

@@ -171,17 +171,22 @@ def command(capsys, *words):
     return captured.out + captured.err + (code if isinstance(code, str) else ""), code
 
 
-def test_a_dry_run_prints_commands_and_writes_nothing(tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("is_measured", [False, True])
+def test_a_dry_run_prints_commands_and_writes_nothing(tmp_path, capsys, monkeypatch, is_measured):
     monkeypatch.chdir(tmp_path)
-    path = written(tmp_path)
+    path = written(tmp_path, **({"sharpness": {"samples": 64}} if is_measured else {}))
     out, code = command(
         capsys, "run", str(path), "--dry-run", "--trainer.max_epochs=2", "--only", "seed=2", "--root", "r s"
     )
     assert code == 0
     study = load(str(path), {"trainer.max_epochs": "2"})
-    expected = [run.command(Path("r s")) for run in select(runs_of(study), ["seed=2"])]
-    assert [shlex.split(line)[2:] for line in out.splitlines()] == expected
-    assert all(line.startswith("OMP_NUM_THREADS=1 sam-lightning fit -c ") for line in out.splitlines())
+    runs = select(runs_of(study), ["seed=2"])
+    assert [shlex.split(line)[2:] for line in out.splitlines()] == [
+        words for run in runs for words in run.commands(Path("r s"))
+    ]
+    starts = ["fit -c ", *(["sharpness --ckpt_path 'r s/"] if is_measured else [])] * len(runs)
+    for line, start in zip(out.splitlines(), starts, strict=True):
+        assert line.startswith(f"OMP_NUM_THREADS=1 sam-lightning {start}")
     assert list(tmp_path.iterdir()) == [path]
 
 
