@@ -56,7 +56,7 @@ def ratios(info: dict) -> list[dict]:
         for dtype in ("float32", "bfloat16")
         for name in [f"b_a_hundred_million_weights[{variant}-{dtype}]"]
     ]
-    compared.append(("`fit` with its logs and a checkpoint / a bare loop", "c_an_epoch_of_fit", None))
+    compared.append(("`fit` with its logs and two checkpoints / a bare loop", "c_an_epoch_of_fit", None))
     compared += [
         (f"batches, {label} / torchvision, 2 workers", f"d_batches[{augmented}]", None)
         for augmented, label in ((False, "plain"), (True, "crops and flips"))
@@ -134,6 +134,12 @@ def remarks(info: dict) -> list[str]:
             f"`{own}` {seconds[own] - seconds[other]:+.2f} s beside `{other}`" for own, other in more.items()
         )
         said.append(f"Start: {starts}.")
+    fit = info.get("c_an_epoch_of_fit", {})
+    if "checkpoints" in fit:
+        said.append(
+            f"Of `fit`'s {fit['batches']} batches its two checkpoints take {shown(fit['checkpoints'])}, once in an epoch, "
+            f"which has 391 batches in study A; without them the ratio is {fit['without_checkpoints']:.3f}."
+        )
     lean = {name: entry["copies"] for name, entry in info.items() if name.startswith("b_a_hundred_million")}
     if lean:
         names = {name: re.sub(r".*\[(.*)-(.*)\]", r"\1 in \2", name) for name in lean}

@@ -3,6 +3,7 @@
 import os
 from functools import partial
 from pathlib import Path
+from statistics import median
 
 import pytest
 import torch
@@ -23,16 +24,17 @@ CIFAR = pytest.mark.skipif("SAM_LIGHTNING_DATA" not in os.environ, reason="SAM_L
 
 
 class InTurn(Callback):
-    """Runs another epoch before each epoch of training, and takes the time of both."""
+    """Runs another epoch before each epoch of training, and takes the time of both, and of the epoch's checkpoints."""
 
     def __init__(self, other) -> None:
         self.other = other
         self.ours: list[float] = []
         self.others: list[float] = []
+        self.checkpoints: list[float] = []
 
     def on_train_epoch_start(self, trainer, pl_module):
         if trainer.current_epoch:
-            self.ours.append(clock() - self.begin)
+            self._end()
         prepared = self.other.prepare()
         begin = clock()
         self.other.run(prepared)
@@ -40,8 +42,16 @@ class InTurn(Callback):
         del prepared  # ends its workers, if it has some
         self.begin = clock()
 
+    def on_train_epoch_end(self, trainer, pl_module):
+        self.trained = clock()  # Lightning calls those that save checkpoints last
+
     def on_train_end(self, trainer, pl_module):
-        self.ours.append(clock() - self.begin)
+        self._end()
+
+    def _end(self):
+        end = clock()
+        self.ours.append(end - self.begin)
+        self.checkpoints.append(end - self.trained)
 
 
 def fit_in_turn(other, folder, *words, batches=BATCHES, epochs=EPOCHS):
@@ -58,12 +68,12 @@ def fit_in_turn(other, folder, *words, batches=BATCHES, epochs=EPOCHS):
         ],
         callbacks=[turns],
     )
-    return turns.ours[1:], turns.others[1:]
+    return turns.ours[1:], turns.others[1:], turns.checkpoints[1:]
 
 
-def recorded(compare, ours, others, name, other, bound, batches=BATCHES):
+def recorded(compare, ours, others, name, other, bound, batches=BATCHES, **more):
     times = {name: partial(next, iter(ours)), other: partial(next, iter(others))}
-    compare(len(ours), times, warmup=0, bound=bound, batches=batches)
+    compare(len(ours), times, warmup=0, bound=bound, batches=batches, **more)
 
 
 class BareLoop:
@@ -108,8 +118,10 @@ class Paper:
 @CIFAR
 def test_c_an_epoch_of_fit(compare, tmp_path):
     size = {"batches": 40}  # what an epoch costs beside its batches, such as a checkpoint, weighs less in a whole one
-    times = fit_in_turn(BareLoop(**size), tmp_path, epochs=6, **size)
-    recorded(compare, *times, "fit", "bare loop", 1.02, **size)
+    ours, others, checkpoints = fit_in_turn(BareLoop(**size), tmp_path, epochs=6, **size)
+    trained = [(a - saved) / b for a, b, saved in zip(ours, others, checkpoints, strict=True)]
+    more = {"checkpoints": median(checkpoints), "without_checkpoints": median(trained)}
+    recorded(compare, ours, others, "fit", "bare loop", 1.02, **size, **more)
 
 
 @CIFAR
@@ -122,4 +134,5 @@ def test_c_an_epoch_of_fit(compare, tmp_path):
     ],
 )
 def test_e_study_a(compare, tmp_path, name, words, bound):
-    recorded(compare, *fit_in_turn(Paper(), tmp_path, *words), name, "the paper's way", bound)
+    ours, others, _ = fit_in_turn(Paper(), tmp_path, *words)
+    recorded(compare, ours, others, name, "the paper's way", bound)
