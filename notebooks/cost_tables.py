@@ -137,8 +137,8 @@ def remarks(info: dict) -> list[str]:
     fit = info.get("c_an_epoch_of_fit", {})
     if "checkpoints" in fit:
         said.append(
-            f"Of `fit`'s {fit['batches']} batches its two checkpoints take {shown(fit['checkpoints'])}, once in an epoch, "
-            f"which has 391 batches in study A; without them the ratio is {fit['without_checkpoints']:.3f}."
+            f"Of `fit`'s {fit['batches']} batches its two checkpoints take {shown(fit['checkpoints'])}, as in "
+            f"study A's epoch of 391; without them the ratio is {fit['without_checkpoints']:.3f}."
         )
     lean = {name: entry["copies"] for name, entry in info.items() if name.startswith("b_a_hundred_million")}
     if lean:

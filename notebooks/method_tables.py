@@ -175,7 +175,8 @@ def about(study: Study, results: Results) -> str:
     digits, resnet = (benchmarks()[f"test_i_methods[{network}]"]["n"] for network in ("digits", "resnet18"))
     return (
         f"Test accuracy (%), mean ± standard deviation over seeds, {seeds}; differences with their 95 % interval over "
-        f"pairs of one seed. Radii by validation accuracy, {tried} other seeds for each value. Gradients: counted. "
+        f"pairs of one seed. Radii by validation accuracy, {tried} other seeds for each value "
+        f"(SAM, ASAM: by the study `rho`). Gradients: counted. "
         f"Time: median ratio to SGD's of {digits} rounds in turn on the digits' network / "
         f"{resnet} on ResNet-18 (32x32, batch 32), on a busy machine. Memory: the most "
         f"that lives in a step beside what SGD needs. Largest eigenvalue: of the training loss at the end, wrong "

@@ -30,7 +30,11 @@ PAPER = [
     ("corrected", "corrected", "corrected"),
 ]
 # Those of which sharpness was measured: name, folder in results/, the two arms that are compared.
-MEASURED = [("A", "a-sharpness", "SGD, batch size 128", "SAM, batch size 128")]
+MEASURED = [
+    ("A", "a-sharpness", "SGD, batch size 128", "SAM, batch size 128"),
+    ("B", "b-sharpness", "SGD, batch size 64", "SAM, batch size 64"),
+    ("C", "c-sharpness", "SAM", "ASAM"),
+]
 
 
 def quickstart_section() -> str:

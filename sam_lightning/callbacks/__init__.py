@@ -1,6 +1,6 @@
 """What is kept and shown while training: histories, histograms, hyperparameters, sharpness.
 
-Callbacks watch a training and never change it; how a step is taken is `training`'s.
+Callbacks watch a training; how a step is taken is `training`'s.
 """
 
 from sam_lightning.callbacks.histograms import WeightHistograms

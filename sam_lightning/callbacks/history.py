@@ -61,7 +61,8 @@ class EpochHistory(Callback):
         """Adds the step's loss, on its device."""
         loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
         if isinstance(loss, Tensor):
-            self._loss = self._loss + loss.detach()
+            # Lightning has divided it by the number of accumulated batches.
+            self._loss = self._loss + loss.detach() * trainer.accumulate_grad_batches
             self._batches += 1
         self._gradients += _passes(trainer)
         self._steps += 1

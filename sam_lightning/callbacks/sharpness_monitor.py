@@ -28,7 +28,7 @@ class SharpnessMonitor(Callback):
 
     Every `trainer.log_every_n_steps` steps of a sharpness-aware optimizer, without a gradient of its own:
 
-    - `train/sharpness`, L(w + e) - L(w) on the batch: the one-step sharpness that is being minimised;
+    - `train/sharpness`, L(w + e) - L(w) on the batch: the one-step sharpness, by which SAM's loss exceeds L(w);
     - `train/perturbation_norm`, ||e||;
     - `train/grad_cosine`, the cosine between the gradients at w and at w + e. Near 1 SAM does what its base
       optimizer would do;
@@ -53,7 +53,7 @@ class SharpnessMonitor(Callback):
     Attributes:
         history: For each measurement its `epoch`, from 1, and the measures by name. Kept in checkpoints.
 
-    Cost of a measurement: about 300 gradients over the samples with the default settings.
+    Cost of a measurement: that of `measure` with these settings.
     """
 
     def __init__(self, every_n_epochs: int = 5, samples: int = 512, settings: Settings | None = None) -> None:

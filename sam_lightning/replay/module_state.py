@@ -36,8 +36,8 @@ class ModuleState:
     State is every buffer, every parameter that is not trained, and every attribute of submodules and of plain objects
     that they hold: tensors, numbers, lists, dictionaries, arrays, generators; torchmetrics are modules like others.
     Attributes of torch's and torchvision's own modules are settings, and are left alone; of sparse tensors only the
-    object is kept. Of containers the first 10,000 elements are looked into; longer lists are taken for such that only
-    grow.
+    object is kept. Containers are looked into until they have had 10,000 elements in all; of the others, lists are
+    taken for such that only grow, and the rest is left alone.
 
     A tensor of up to 1 MiB is copied every time. Of a larger buffer one copy is kept, and renewed where the version
     counter says that it has changed, so that a constant one costs no step more than its memory. Changes through `.data`

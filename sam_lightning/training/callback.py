@@ -35,7 +35,7 @@ class SharpnessAwareTraining(Callback):
     the first pass's loss; names that the module logs itself are the module's.
 
     Args:
-        method: A class of `sam_lightning`, its name, or a function from an optimizer's parameters to one; it is put
+        method: A class of `sam_lightning`, its name, or a `functools.partial` of a class with options; it is put
             around the optimizer that the module makes.
         rho: Radius of the perturbation; by default the method's own.
         second_pass: `replay` makes the second pass the same function as the first: same random numbers, batch, buffers
@@ -139,7 +139,7 @@ class SharpnessAwareTraining(Callback):
 
     @property
     def is_second_pass(self) -> bool:
-        """Whether `training_step` runs at w + e."""
+        """Whether `training_step` runs once more for this batch, at w + e: never for methods with one pass."""
         return self.step is not None and self.step.is_second_pass
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -24,9 +24,10 @@ from sam_lightning.training.strategies import is_sharded, synchronised, unsynchr
 class SharpStep:
     """Takes the place of what Lightning's automatic optimization does with one batch.
 
-    There a closure runs `training_step`, `optimizer_zero_grad` and `backward`, once for every batch that is
-    accumulated; around it Lightning calls hooks, clips, steps, schedules and counts. Only that closure is replaced:
-    by two passes with an ascent in between, whose outcome is the gradient that descends. All else is Lightning's.
+    There a closure runs `training_step`, `optimizer_zero_grad` (for the first of accumulated batches) and `backward`,
+    once for every batch that is accumulated; around it Lightning calls hooks, clips, steps, schedules and counts. Only
+    that closure is replaced: by two passes with an ascent in between, whose outcome is the gradient that descends. All
+    else is Lightning's.
 
     Args:
         trainer: The trainer; with a plain optimizer it takes plain steps, in micro-batches if asked for.

@@ -1,4 +1,4 @@
-"""Training samples to measure a loss on: the same ones every time."""
+"""Training samples to measure a loss on."""
 
 import random
 from typing import Any, Protocol, runtime_checkable
@@ -21,10 +21,12 @@ class HasTrainingSample(Protocol):
 
 
 def training_sample(trainer: Trainer, samples: int, seed: int) -> list[Any]:
-    """This process's part of so many training samples, on its device, in the input precision of the run.
+    """This process's part of so many training samples, in the input precision of the run.
 
-    Of a data module with `training_sample` these are its own; of others they are the first batches of the training
-    loader, in the order and with the augmentation that this seed gives.
+    Of a data module with `training_sample` these are its own, the same ones every time. Of others they are the first
+    whole batches of the training loader, in the order and with the augmentation that this seed gives: the same ones
+    where the order comes from the global random number generators, and not from one of the loader's own or from a
+    distributed sampler, which shuffles anew in every epoch.
 
     Args:
         trainer: With its module and its data.

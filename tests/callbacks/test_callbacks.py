@@ -5,7 +5,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -208,16 +208,20 @@ def test_history_goes_on_behind_a_checkpoint(trainer, tmp_path):
     assert fit(5, "resumed", last) == fit(5, "straight")
 
 
-def test_history_has_the_losses_and_metrics_of_any_module(trainer):
+@pytest.mark.parametrize("accumulated", [1, 2])
+def test_history_has_the_losses_and_metrics_of_any_module(trainer, accumulated):
     """It validates in every second epoch, and logs no training loss."""
     history, losses = EpochHistory(), []
 
-    class Watch(Callback):
-        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-            losses.append(outputs["loss"].item())
+    class Told(Foreign):
+        def training_step(self, *args):
+            loss = super().training_step(*args)
+            if self.trainer.training:  # validation uses it, too
+                losses.append(loss.item())
+            return loss
 
-    options = {"max_epochs": 4, "check_val_every_n_epoch": 2, "callbacks": [history, Watch()]}
-    trainer(**options).fit(Foreign(), loader(), loader(batch_size=32))
+    options = {"max_epochs": 4, "check_val_every_n_epoch": 2, "callbacks": [history]}
+    trainer(accumulate_grad_batches=accumulated, **options).fit(Told(), loader(), loader(batch_size=32))
     assert [row["train/loss_epoch"] for row in history.epochs] == pytest.approx(
         [np.mean(losses[i : i + 8]) for i in range(0, 32, 8)]
     )
