@@ -48,7 +48,8 @@ def largest_eigenvalues(
             not converge.
 
     Cost: 8 products with the Hessian over all data on the trained digits network and 22 on the untrained one, each as
-    much as about three gradients. Memory at the peak: 18 copies of the weights, and two more for each further value.
+    much as about three gradients. Memory at the peak: 18 to 19 copies of the weights, and two more for each further
+    value.
 
     What it does not tell: a ReLU network can be rescaled to any plain λ without changing what it computes (Dinh,
     Pascanu, Bengio, Bengio. Sharp Minima Can Generalize For Deep Nets. ICML 2017); at weights far from a minimum the
