@@ -28,16 +28,17 @@ def norm_of_pieces(pieces: Callable[[], Iterable[list[Tensor]]]) -> Tensor:
     Args:
         pieces: Gives them, some at a time; called again where squares leave what the type can hold.
     """
-
-    def norm_in_units(unit: float, dtype: torch.dtype) -> Tensor:
-        return _together([_norm([t.to(torch.promote_types(t.dtype, dtype)) / unit for t in p], 2.0) for p in pieces()])
-
-    norm = _together([_norm(piece, 2.0) for piece in pieces()])
+    norm = _joint(pieces())
     if _is_on_host(norm) and not math.sqrt(torch.finfo(norm.dtype).tiny) * 1e4 < norm < math.inf:
-        largest = _together([_norm(piece, math.inf) for piece in pieces()], math.inf)
+        largest = _joint(pieces(), math.inf)
         if 0 < largest < math.inf:
-            return largest * norm_in_units(float(largest), norm.dtype)
+            unit, dtype = float(largest), norm.dtype
+            return largest * _joint([t.to(torch.promote_types(t.dtype, dtype)) / unit for t in p] for p in pieces())
     return norm
+
+
+def _joint(pieces: Iterable[list[Tensor]], order: float = 2.0) -> Tensor:
+    return _together([_norm(piece, order) for piece in pieces], order)
 
 
 def _norm(tensors: list[Tensor], order: float) -> Tensor:
@@ -57,7 +58,7 @@ def _norm(tensors: list[Tensor], order: float) -> Tensor:
     return full_tensor(_together(norms, order))
 
 
-def _together(norms: list[Tensor], order: float = 2.0) -> Tensor:
+def _together(norms: list[Tensor], order: float) -> Tensor:
     """The norm of what has these norms, on the first one's device."""
     device = norms[0].device
     if any(norm.device != device for norm in norms):
